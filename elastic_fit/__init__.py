@@ -1,0 +1,31 @@
+"""elastic-fit: a fault-tolerant, elastic training supervisor for PyTorch Lightning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
+    from elastic_fit.callbacks.data import ElasticSampler
+    from elastic_fit.supervisor.errors import ElasticFitError
+    from elastic_fit.supervisor.store import latest_valid, verify
+
+__version__ = "0.1.0"
+__all__ = ["ElasticCheckpoint", "ElasticFitError", "ElasticSampler", "latest_valid", "verify"]
+
+_HOMES = {
+    "ElasticCheckpoint": "elastic_fit.callbacks.checkpoint",
+    "ElasticSampler": "elastic_fit.callbacks.data",
+    "ElasticFitError": "elastic_fit.supervisor.errors",
+    "latest_valid": "elastic_fit.supervisor.store",
+    "verify": "elastic_fit.supervisor.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names load lazily: `elastic-fit ls` must answer without importing torch.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'elastic_fit' has no attribute {name!r}")

@@ -1,0 +1,120 @@
+"""One run's folder: where everything is, and who the run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic_fit.supervisor.errors import StorageError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The paths of a run. Making one touches nothing on disk."""
+
+    root: Path
+
+    @property
+    def identity(self) -> Path:
+        """``run.json``: the run's id and the command that started it."""
+        return self.root / "run.json"
+
+    @property
+    def events(self) -> Path:
+        """``events.jsonl``: the ledger."""
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints; each ``fit`` call of the script has a sub-folder of it."""
+        return self.root / "checkpoints"
+
+    def fit(self, index: int) -> Path:
+        """The checkpoints of the script's `index`-th call of ``Trainer.fit`` (from 1)."""
+        return self.checkpoints / f"fit-{index}"
+
+    @property
+    def lock(self) -> Path:
+        """The supervisor's lock file."""
+        return self.root / "lock"
+
+    @property
+    def generations(self) -> Path:
+        """The folder of generation tickets, one file per fencing number."""
+        return self.root / "generations"
+
+    def logs(self, generation: int, attempt: int) -> Path:
+        """The folder of one attempt's logs."""
+        return self.root / "logs" / f"{generation}-{attempt}"
+
+    def create(self, *, command: list[str]) -> Identity:
+        """Make the folder, or take the one that is there; returns who the run is.
+
+        Raises StorageError where the folder can't be made, read or written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not self.identity.exists():
+                _publish(self.identity, Identity(command=command))
+            if not os.access(self.root, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable", str(self.root))
+            return Identity.parse(self.identity.read_text())
+        except OSError as error:
+            raise StorageError(
+                f"the run folder {self.root} can't be used: {error.strerror or error}",
+                hint="give another one with --run-dir, or mend its permissions",
+            ) from error
+
+    def set_aside(self) -> Path | None:
+        """Move the whole folder to a free name beside it (never deleting it); None where there was none."""
+        if not self.root.exists():
+            return None
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for suffix in ("", *(f"-{n}" for n in range(1, 1000))):
+            aside = self.root.with_name(f"{self.root.name}.{stamp}{suffix}")
+            if not aside.exists():
+                self.root.rename(aside)
+                return aside
+        raise StorageError(f"no free name beside {self.root} to move it to")
+
+
+def _new_run_id() -> str:
+    return time.strftime("%Y%m%d-") + secrets.token_hex(4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who a run is, the same over every restart."""
+
+    run_id: str = field(default_factory=_new_run_id)
+    command: list[str] = field(default_factory=list)
+    created: float = field(default_factory=time.time)
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def parse(cls, text: str) -> Identity:
+        """From the text of ``run.json``. Raises StorageError where it isn't one."""
+        try:
+            record: dict[str, Any] = json.loads(text)
+            return cls(run_id=str(record["run_id"]), command=list(record["command"]), created=float(record["created"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"run.json is not readable: {error}", hint="start over with --fresh") from error
+
+
+def _publish(path: Path, identity: Identity) -> None:
+    """Write `path` so that whoever reads it reads it whole; the first of several writers wins."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary.write_text(json.dumps(asdict(identity), indent=2) + "\n")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
