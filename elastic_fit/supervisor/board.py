@@ -109,6 +109,18 @@ class Board:
         return board
 
     @classmethod
+    def anonymous(cls) -> tuple[Board, int]:
+        """Make a page that has no name on disk; returns it and a descriptor to hand to the worker (and then close).
+
+        The worker opens it as ``/proc/self/fd/N``. It is gone when the last process that has it mapped is.
+        """
+        descriptor = os.memfd_create("elastic-fit-board", os.MFD_CLOEXEC)
+        os.truncate(descriptor, PAGE_BYTES)
+        board = cls(Path(f"/proc/self/fd/{descriptor}"), descriptor)
+        board._words[Word.MAGIC] = _MAGIC
+        return board, descriptor
+
+    @classmethod
     def open(cls, path: Path) -> Board:
         """Map the page that an agent made at `path`."""
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -1,0 +1,377 @@
+"""The agent: supervises one node's workers, attempt after attempt, until the run ends.
+
+The loop sleeps in one ``select`` over the nursery's socket, the signal latch and a timer; it hears of a worker's death
+as soon as the kernel tells the nursery. Decisions are the pure functions of `elastic_fit.supervisor.policy`.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.distributed.elastic.agent.server.api import Worker, WorkerSpec
+
+from elastic_fit.launch._torchelastic import Result, TorchelasticAgent
+from elastic_fit.launch.attempt import Attempt, Program, WorkerPlan
+from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
+from elastic_fit.supervisor.context import ResumePoint
+from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.ledger import Ledger
+from elastic_fit.supervisor.policy import (
+    Failure,
+    GiveUp,
+    History,
+    Restart,
+    RestartPolicy,
+    WorkerFailure,
+    decide,
+    root_cause,
+)
+from elastic_fit.supervisor.watch import signal_name
+
+IDLE_S = 1.0
+"""Longest sleep of the loop while all is well."""
+STARTING_S = 0.02
+"""Longest sleep until the first step of an attempt is seen."""
+RESCUE_PATIENCE_S = 10.0
+"""How long survivors may take to leave their collectives once a peer is gone, unless they are writing a checkpoint."""
+
+
+class Latch(Protocol):
+    """Signals that have arrived, to be looked at when the loop gets to it."""
+
+    def fileno(self) -> int:
+        """Readable when a signal is waiting."""
+
+    def take(self) -> list[int]:
+        """The signals since the last call, oldest first."""
+
+
+class Observer(Protocol):
+    """Hears what a person should know, as it happens."""
+
+    def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
+        """A worker has failed; this was the cause, and this is done about it."""
+
+    def stopping(self, name: str, grace_s: float) -> None:
+        """A signal asks the run to stop."""
+
+    def recovered(self, seconds: float, step: int) -> None:
+        """Training goes on after a failure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effects:
+    """What the agent acts through; replaced in tests."""
+
+    nursery: Nursery
+    latch: Latch
+    ledger: Ledger
+    observer: Observer
+    select_resume: Callable[[], tuple[ResumePoint, ...]]
+    """Choose and verify the points to go on from; raises NoValidCheckpoint."""
+    plan: Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
+    """What to start one worker with, in a given attempt."""
+    now_ns: Callable[[], int] = time.monotonic_ns
+    draw: Callable[[], float] = random.random
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long things may take, in seconds."""
+
+    grace_s: float = 30.0
+    """A stop, from the request to the last exit."""
+    shutdown_s: float = 30.0
+    """A worker without Lightning, from SIGTERM to SIGKILL."""
+
+
+@dataclass(slots=True)
+class Stop:
+    """The stop that is under way."""
+
+    signal: int
+    deadline_ns: int
+    times: int = 1
+
+
+@dataclass(slots=True)
+class Marks:
+    """When the steps of a recovery happened, CLOCK_MONOTONIC nanoseconds."""
+
+    failed_ns: int = 0
+    noticed_ns: int = 0
+    ended_ns: int = 0
+    met_ns: int = 0
+    forked_ns: int = 0
+
+
+class ElasticAgent(TorchelasticAgent):
+    """Runs the job on this node.
+
+    After `run` returns, `status` is the exit status of the command and `summary` what there is to say about it.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, program: Program, effects: Effects, *, policy: RestartPolicy, limits: Limits
+    ) -> None:
+        super().__init__(spec)
+        self.status = Status.FAILED
+        self.restarts = 0
+        self.steps_repeated = 0
+        self.reached_step = 0
+        self._program = program
+        self._fx = effects
+        self._policy = policy
+        self._limits = limits
+        self._history = History()
+        self._attempt: Attempt | None = None
+        self._stop: Stop | None = None
+        self._marks = Marks()
+        self._requests = 0
+        self._resume: tuple[ResumePoint, ...] = ()
+
+    # the life of the job
+
+    def supervise(self) -> Result:
+        """Run attempts until one ends the run."""
+        for number in range(1 << 31):
+            attempt = self._begin(number)
+            if attempt is None:
+                return self._ended_by_stop(saved=False)
+            self._follow(attempt)
+            failures = attempt.failures()
+            if self._stop is not None or 75 in attempt.codes.values():
+                return self._conclude_stop(attempt)
+            if not failures:
+                return self._finished(attempt)
+            restart = self._judge(attempt, failures)
+            if not restart or not self._wait_backoff(restart):
+                return Result(succeeded=False)
+        raise AssertionError("unreachable")
+
+    def _begin(self, number: int) -> Attempt | None:
+        """Choose the resume point, meet the other nodes, fork the workers; None where a stop came first."""
+        fx = self._fx
+        fx.nursery.ready()
+        self._note_signals()
+        if self._stop is not None:
+            return None
+        started = fx.now_ns()
+        self._resume = fx.select_resume()
+        group = self.form(number)
+        self._marks.met_ns = fx.now_ns()
+        fx.ledger.write(
+            "rendezvous",
+            attempt=number,
+            nodes=group.group_world_size,
+            world_size=group.workers[0].world_size,
+            seconds=_seconds(started, self._marks.met_ns),
+        )
+        attempt = Attempt(number, fx.nursery, self._program, fx.now_ns)
+        self._attempt = attempt
+        plans = [
+            fx.plan(worker, number, self.worker_environment(worker, number), self._resume) for worker in group.workers
+        ]
+        attempt.start(plans)
+        self._marks.forked_ns = fx.now_ns()
+        fx.ledger.write(
+            "workers_started",
+            attempt=number,
+            pids=attempt.pids,
+            seconds=_seconds(attempt.started_ns, self._marks.forked_ns),
+            warm=fx.nursery.warm,
+        )
+        return attempt
+
+    def _follow(self, attempt: Attempt) -> None:
+        """Watch until all workers have ended."""
+        told_of_start = False
+        ending_ns = 0
+        while attempt.running:
+            self._sleep(attempt, told_of_start, ending_ns)
+            self._note_signals()
+            self._note_exits(attempt)
+            if not told_of_start and attempt.has_trained:
+                told_of_start = True
+                self._note_start(attempt)
+            if attempt.first_exit_ns and not ending_ns:
+                ending_ns = self._release_survivors(attempt)
+            if ending_ns and self._is_over(attempt, ending_ns):
+                attempt.kill()
+            if self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns:
+                attempt.kill()
+        self._marks.ended_ns = self._fx.now_ns()
+        self.reached_step = max(self.reached_step, attempt.highest_step)
+
+    def _sleep(self, attempt: Attempt, told_of_start: bool, ending_ns: int) -> None:
+        timeout = IDLE_S if told_of_start else STARTING_S
+        for deadline in (ending_ns, self._stop.deadline_ns if self._stop else 0):
+            if deadline:
+                timeout = min(timeout, max(0.01, (deadline - self._fx.now_ns()) / 1e9))
+        select.select([self._fx.nursery, self._fx.latch], [], [], timeout)
+
+    # signals and stops
+
+    def _note_signals(self) -> None:
+        for number in self._fx.latch.take():
+            if self._stop is None:
+                self._request_stop(number)
+            else:
+                self._stop.times += 1
+                if number == signal.SIGINT and self._stop.signal == signal.SIGINT and self._attempt is not None:
+                    self._attempt.kill()
+
+    def _request_stop(self, number: int) -> None:
+        now = self._fx.now_ns()
+        self._stop = Stop(signal=number, deadline_ns=now + int(self._limits.grace_s * 1e9))
+        name = signal.Signals(number).name
+        self._fx.ledger.write("stop_requested", source="signal", reason=name, deadline_s=self._limits.grace_s)
+        self._fx.observer.stopping(name, self._limits.grace_s)
+        if self._attempt is not None:
+            self._requests += 1
+            self._attempt.ask(self._requests, StopMode.SAVE, self._stop.deadline_ns)
+
+    def _conclude_stop(self, attempt: Attempt) -> Result:
+        codes = attempt.codes.values()
+        attempt.finish()
+        if codes and all(code == 0 for code in codes):
+            return self._finished(attempt)
+        return self._ended_by_stop(saved=75 in codes)
+
+    def _ended_by_stop(self, *, saved: bool) -> Result:
+        by_hand = self._stop is not None and self._stop.signal == signal.SIGINT
+        unsaved = Status.INTERRUPTED if by_hand else Status.TERMINATED
+        self.status = Status.SAVED if saved else unsaved
+        self._fx.ledger.write("stopped", code=int(self.status), saved=saved)
+        return Result(succeeded=False, stopped=True)
+
+    # exits and failures
+
+    def _note_exits(self, attempt: Attempt) -> None:
+        for exit_ in attempt.collect():
+            self._fx.ledger.write(
+                "worker_exit",
+                attempt=attempt.number,
+                rank=attempt.rank_of(exit_.pid),
+                local_rank=exit_.local_rank,
+                pid=exit_.pid,
+                code=exit_.code,
+                signal=signal_name(exit_.code) if exit_.code < 0 else None,
+                step=attempt.board_of(exit_.pid)[Word.STEP],
+                noticed_s=_seconds(exit_.seen_ns, self._fx.now_ns()),
+            )
+
+    def _release_survivors(self, attempt: Attempt) -> int:
+        """A worker has failed: ask the others to save what they hold and leave. Returns their deadline."""
+        now = self._fx.now_ns()
+        self._marks.failed_ns = attempt.first_exit_ns
+        self._marks.noticed_ns = now
+        patience = RESCUE_PATIENCE_S if attempt.listens() else self._limits.shutdown_s
+        deadline = now + int(patience * 1e9)
+        self._requests += 1
+        attempt.ask(self._requests, StopMode.RESCUE, deadline)
+        return deadline
+
+    def _is_over(self, attempt: Attempt, ending_ns: int) -> bool:
+        """Whether the survivors' time is up; who is writing a checkpoint has until the grace ends."""
+        late = self._fx.now_ns() - ending_ns
+        return late >= (int(self._limits.grace_s * 1e9) if attempt.is_saving() else 0)
+
+    def _judge(self, attempt: Attempt, failures: Sequence[WorkerFailure]) -> Restart | None:
+        """Decide what to do about a failure, and tell; None where the run ends."""
+        fx = self._fx
+        root = root_cause(failures)
+        reached = max(attempt.highest_step, max((point.step for point in self._resume), default=0))
+        attempt.finish()
+        resume = max((point.step for point in fx.select_resume()), default=0)
+        failure = Failure(
+            cause=root.cause,
+            reached_step=reached,
+            durable_step=resume,
+            is_mistake=root.is_mistake and not self.restarts and not self._resume,
+        )
+        self._history = self._history.after(failure)
+        decision = decide(self._history, self._policy, fx.draw())
+        seconds = _seconds(self._marks.noticed_ns, self._marks.ended_ns)
+        fx.ledger.write("teardown", attempt=attempt.number, seconds=seconds)
+        fx.ledger.write(
+            "decision",
+            attempt=attempt.number,
+            action="restart" if isinstance(decision, Restart) else "give_up",
+            why=decision.why,
+            cause=root.cause,
+            rank=root.rank,
+            backoff_s=decision.backoff_s if isinstance(decision, Restart) else None,
+            budget_left=decision.budget_left if isinstance(decision, Restart) else 0,
+        )
+        fx.observer.failed(root, decision, reached=reached, resume=resume)
+        self.status = Status.FAILED
+        if isinstance(decision, GiveUp):
+            return None
+        self.restarts += 1
+        self.steps_repeated += max(0, reached - resume)
+        fx.ledger.write("steps_repeated", from_step=resume, to_step=reached, steps=max(0, reached - resume))
+        return decision
+
+    def _wait_backoff(self, restart: Restart) -> bool:
+        """Wait before the next attempt; False where a stop came meanwhile."""
+        until = self._fx.now_ns() + int(restart.backoff_s * 1e9)
+        while self._stop is None and (left := until - self._fx.now_ns()) > 0:
+            select.select([self._fx.latch], [], [], left / 1e9)
+            self._note_signals()
+        if self._stop is not None:
+            self._ended_by_stop(saved=False)
+            return False
+        return True
+
+    def _note_start(self, attempt: Attempt) -> None:
+        """Every worker has done its first step: after a failure, say what it took to get here."""
+        if not self.restarts:
+            return
+        boards = attempt.boards
+        marks = self._marks
+        first_step = max(board[Word.FIRST_STEP_NS] for board in boards)
+        phases = [
+            ("process_group_s", marks.forked_ns, _last(boards, Phase.PROCESS_GROUP)),
+            ("build_s", _last(boards, Phase.PROCESS_GROUP), _last(boards, Phase.BUILT)),
+            ("load_s", _last(boards, Phase.BUILT), _last(boards, Phase.LOADED)),
+            ("first_step_s", _last(boards, Phase.LOADED) or marks.forked_ns, first_step),
+        ]
+        total = _seconds(marks.failed_ns, first_step)
+        self._fx.ledger.write(
+            "recovered",
+            attempt=attempt.number,
+            detect_s=_seconds(marks.failed_ns, marks.noticed_ns),
+            teardown_s=_seconds(marks.noticed_ns, marks.ended_ns),
+            rendezvous_s=_seconds(marks.ended_ns, marks.met_ns),
+            fork_s=_seconds(marks.met_ns, marks.forked_ns),
+            **{name: _seconds(begin, end) for name, begin, end in phases if begin and end},
+            total_s=total,
+        )
+        self._fx.observer.recovered(total, min(board[Word.STEP] for board in boards))
+
+    def _finished(self, attempt: Attempt) -> Result:
+        attempt.finish()
+        self.status = Status.FINISHED
+        self.wait_for_other_nodes()
+        return Result(succeeded=True)
+
+    def end_workers(self) -> None:
+        """End what is left, at once."""
+        if self._attempt is not None:
+            self._attempt.kill()
+
+
+def _seconds(begin_ns: int, end_ns: int) -> float:
+    return round((end_ns - begin_ns) / 1e9, 6)
+
+
+def _last(boards: Sequence[Board], phase: Phase) -> int:
+    return max(board.entered_ns(phase) for board in boards)

@@ -1,0 +1,258 @@
+"""One attempt: this node's workers from their fork to the last exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from elastic_fit.launch.nursery import BOARD_DESCRIPTOR
+from elastic_fit.launch.streams import Route, Streams
+from elastic_fit.launch.workers import Exit, Nursery, NurseryLost, bootstrap_command
+from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
+from elastic_fit.supervisor.policy import WorkerFailure
+from elastic_fit.supervisor.watch import signal_name
+
+BOARD_PATH = f"/proc/self/fd/{BOARD_DESCRIPTOR}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """What one worker is started with."""
+
+    local_rank: int
+    rank: int
+    environment: Mapping[str, str]
+    args: Sequence[str]
+    stdout: Route
+    stderr: Route
+    error_file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What the workers run."""
+
+    kind: str
+    """``script``, ``module`` or ``command`` (``--no-python``)."""
+    target: str
+    cwd: str
+    fresh_interpreter: bool = False
+    """Execute a new interpreter instead of running in the forked process."""
+
+    def command(self, args: Sequence[str]) -> list[str]:
+        """The command line to execute, or an empty list to run inside the fork."""
+        if self.kind == "command":
+            return [self.target, *args]
+        if self.fresh_interpreter:
+            return bootstrap_command((self.kind, self.target, args))
+        return []
+
+
+@dataclass(slots=True)
+class _Worker:
+    plan: WorkerPlan
+    board: Board
+    pid: int
+    exit: Exit | None = None
+
+
+class Attempt:
+    """This node's workers in one attempt.
+
+    Args:
+        number: the attempt, from 0.
+        nursery: where workers come from.
+        program: what they run.
+        now_ns: CLOCK_MONOTONIC.
+    """
+
+    def __init__(self, number: int, nursery: Nursery, program: Program, now_ns: Callable[[], int]) -> None:
+        self.number = number
+        self.started_ns = 0
+        self.first_exit_ns = 0
+        self._nursery = nursery
+        self._program = program
+        self._now_ns = now_ns
+        self._workers: dict[int, _Worker] = {}
+        self._streams = Streams()
+
+    def start(self, plans: Sequence[WorkerPlan]) -> None:
+        """Fork all workers. Raises NurseryLost and ElasticFitError as `Nursery.spawn` does."""
+        self.started_ns = self._now_ns()
+        try:
+            for plan in plans:
+                self._start_one(plan)
+        finally:
+            self._streams.start()
+
+    def _start_one(self, plan: WorkerPlan) -> None:
+        board, board_descriptor = Board.anonymous()
+        descriptors = (self._streams.open(plan.stdout), self._streams.open(plan.stderr), board_descriptor)
+        try:
+            pid = self._nursery.spawn(
+                plan.local_rank,
+                env=plan.environment,
+                cwd=self._program.cwd,
+                job=(self._program.kind, self._program.target, plan.args),
+                command=self._program.command(plan.args),
+                descriptors=descriptors,
+            )
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._workers[pid] = _Worker(plan=plan, board=board, pid=pid)
+
+    # what is known
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Pid by global rank."""
+        return {worker.plan.rank: worker.pid for worker in self._workers.values()}
+
+    @property
+    def running(self) -> list[int]:
+        """Pids of the workers that have not ended."""
+        return [worker.pid for worker in self._workers.values() if worker.exit is None]
+
+    @property
+    def boards(self) -> list[Board]:
+        """All workers' boards, the ended ones' too."""
+        return [worker.board for worker in self._workers.values()]
+
+    def board_of(self, pid: int) -> Board:
+        """The board of one worker."""
+        return self._workers[pid].board
+
+    @property
+    def codes(self) -> dict[int, int]:
+        """Exit status by global rank, of the workers that have ended."""
+        return {worker.plan.rank: worker.exit.code for worker in self._workers.values() if worker.exit}
+
+    @property
+    def highest_step(self) -> int:
+        """The highest optimizer step that a worker of this node has completed."""
+        return max((board[Word.STEP] for board in self.boards), default=0)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether every worker has completed a step in this attempt."""
+        return bool(self._workers) and all(board[Word.FIRST_STEP_NS] for board in self.boards)
+
+    def failures(self) -> list[WorkerFailure]:
+        """The workers that ended other than well, with what they left behind about it."""
+        return [
+            _read_failure(worker)
+            for worker in self._workers.values()
+            if worker.exit is not None and worker.exit.code not in (0, 75)
+        ]
+
+    # what is done
+
+    def collect(self) -> list[Exit]:
+        """Exits since the last call; a lost nursery counts as the death of all."""
+        try:
+            exits = self._nursery.news()
+        except NurseryLost:
+            now = self._now_ns()
+            exits = [Exit(self._workers[pid].plan.local_rank, pid, -signal.SIGKILL, now) for pid in self.running]
+            self._nursery.restart()
+        mine = [exit_ for exit_ in exits if exit_.pid in self._workers]
+        for exit_ in mine:
+            self._workers[exit_.pid].exit = exit_
+            if exit_.code not in (0, 75) and not self.first_exit_ns:
+                self.first_exit_ns = exit_.seen_ns
+        return mine
+
+    def rank_of(self, pid: int) -> int:
+        """Global rank of a worker."""
+        return self._workers[pid].plan.rank
+
+    def ask(self, request: int, mode: StopMode, deadline_ns: int) -> None:
+        """Put the stop word on the boards of the running workers.
+
+        A worker that has not come as far as a process group can't read it, and has nothing to save: it gets SIGTERM.
+        """
+        for pid in self.running:
+            board = self.board_of(pid)
+            board.ask(request, mode, deadline_ns)
+            if board.phase < Phase.PROCESS_GROUP:
+                self.signal(pid, signal.SIGTERM)
+
+    def signal(self, pid: int, number: int) -> None:
+        """Signal one worker."""
+        try:
+            self._nursery.signal(pid, number)
+        except NurseryLost:
+            return  # they died with it; `collect` will say so
+
+    def kill(self) -> None:
+        """SIGKILL every worker that is left, with its process group."""
+        for pid in self.running:
+            try:
+                self._nursery.signal(pid, signal.SIGKILL, group=True)
+            except NurseryLost:
+                return
+
+    def is_saving(self) -> bool:
+        """Whether a running worker is writing a checkpoint or rescuing the state."""
+        return any(self.board_of(pid).phase in (Phase.SAVING, Phase.RESCUING) for pid in self.running)
+
+    def listens(self) -> bool:
+        """Whether a running worker can read the stop word."""
+        return any(self.board_of(pid).phase >= Phase.PROCESS_GROUP for pid in self.running)
+
+    def finish(self) -> None:
+        """All have ended: take the last of their output and let the boards go."""
+        self._streams.finish()
+        for worker in self._workers.values():
+            worker.board.close()
+        self._workers = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ErrorFile:
+    type: str | None = None
+    bases: tuple[str, ...] = ()
+    message: str = ""
+    traceback: str = ""
+    t: float = 0.0
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> _ErrorFile:
+        try:
+            record = json.loads(path.read_text())
+            told = record["message"]
+            if isinstance(told, str):
+                return cls(message=told)
+            return cls(
+                type=record.get("type"),
+                bases=tuple(record.get("bases", ())),
+                message=str(told["message"]),
+                traceback=str(record.get("traceback") or told.get("extraInfo", {}).get("py_callstack", "")),
+                t=float(record.get("t", 0.0)),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls()
+
+
+def _read_failure(worker: _Worker) -> WorkerFailure:
+    assert worker.exit is not None
+    told = _ErrorFile.read(worker.plan.error_file)
+    code = worker.exit.code
+    failure = WorkerFailure(
+        rank=worker.plan.rank,
+        pid=worker.pid,
+        code=code,
+        seen_ns=worker.exit.seen_ns,
+        step=worker.board[Word.STEP],
+        trained=bool(worker.board[Word.FIRST_STEP_NS]),
+        signal=signal_name(code) if code < 0 else None,
+    )
+    if failure.signal and not told.message:
+        return failure
+    return replace(failure, type=told.type, bases=told.bases, message=told.message, traceback=told.traceback, t=told.t)

@@ -1,0 +1,117 @@
+"""What each worker is started with: arguments, environment, logs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.distributed.elastic.agent.server.api import Worker
+from torch.distributed.elastic.multiprocessing import Std
+from torch.distributed.elastic.multiprocessing.api import to_map
+
+from elastic_fit.launch._torchelastic import TorchelasticAgent
+from elastic_fit.launch.attempt import BOARD_PATH, Program, WorkerPlan
+from elastic_fit.launch.streams import Route
+from elastic_fit.supervisor.context import ENVIRONMENT_VARIABLE, ResumePoint, WorkerContext
+from elastic_fit.supervisor.rundir import RunDir
+
+if TYPE_CHECKING:
+    from elastic_fit.launch.parser import Invocation
+
+CONSOLE = {Std.OUT: 1, Std.ERR: 2}
+SUFFIX = {Std.OUT: "out", Std.ERR: "err"}
+
+
+def program_of(invocation: Invocation) -> Program:
+    """What the command line asks the workers to run."""
+    kind = "command" if invocation.no_python else "module" if invocation.module else "script"
+    return Program(
+        kind=kind,
+        target=invocation.script,
+        cwd=os.getcwd(),
+        fresh_interpreter=not invocation.warm or "PYTHON_EXEC" in os.environ,
+    )
+
+
+class Planner:
+    """Plans the workers of an attempt.
+
+    Args:
+        invocation: the parsed command line.
+        folder: the run's folder.
+        run_id: who the run is.
+        generation: the fencing number that this supervisor holds.
+    """
+
+    def __init__(self, invocation: Invocation, folder: RunDir, run_id: str, generation: int) -> None:
+        self._invocation = invocation
+        self._folder = folder
+        self._run_id = run_id
+        self._generation = generation
+        args = invocation.torchrun
+        self._redirects = Std.from_str(args.redirects)
+        self._tee = Std.from_str(args.tee)
+        ranks = args.local_ranks_filter
+        self._shown = {int(rank) for rank in ranks.split(",")} if ranks else None
+
+    def __call__(
+        self, worker: Worker, attempt: int, environment: Mapping[str, str], resume: tuple[ResumePoint, ...]
+    ) -> WorkerPlan:
+        """The plan of one worker; makes the attempt's folder of logs."""
+        logs = self._logs(attempt)
+        error_file = logs / f"rank{worker.global_rank}.error.json"
+        context = WorkerContext(
+            run_dir=str(self._folder.root),
+            run_id=self._run_id,
+            generation=self._generation,
+            attempt=attempt,
+            board=BOARD_PATH,
+            resume=resume,
+            settings=self._invocation.settings,
+        )
+        ours = {ENVIRONMENT_VARIABLE: context.to_environment(), "TORCHELASTIC_ERROR_FILE": str(error_file)}
+        return WorkerPlan(
+            local_rank=worker.local_rank,
+            rank=worker.global_rank,
+            environment={**_single_host_defaults(environment), **environment, **ours},
+            args=TorchelasticAgent.substitute(list(self._invocation.script_args), worker.local_rank),
+            stdout=self._route(Std.OUT, worker, logs),
+            stderr=self._route(Std.ERR, worker, logs),
+            error_file=error_file,
+        )
+
+    def _logs(self, attempt: int) -> Path:
+        chosen = self._invocation.torchrun.log_dir
+        logs = (
+            Path(chosen).resolve() / f"{self._generation}-{attempt}"
+            if chosen
+            else self._folder.logs(self._generation, attempt)
+        )
+        logs.mkdir(parents=True, exist_ok=True)
+        return logs
+
+    def _route(self, stream: Std, worker: Worker, logs: Path) -> Route:
+        """Torchrun's rule: redirected streams are not shown, teed ones are shown with a prefix, others as they are."""
+        count = worker.local_rank + 1
+        redirected = bool(to_map(self._redirects, count)[worker.local_rank] & stream)
+        teed = bool(to_map(self._tee, count)[worker.local_rank] & stream)
+        hidden = self._shown is not None and worker.local_rank not in self._shown
+        role = self._invocation.torchrun.role
+        return Route(
+            log=logs / f"rank{worker.global_rank}.{SUFFIX[stream]}",
+            console=None if hidden or (redirected and not teed) else CONSOLE[stream],
+            prefix=f"[{role}{worker.local_rank}]:" if teed else "",
+        )
+
+
+def _single_host_defaults(environment: Mapping[str, str]) -> dict[str, str]:
+    """Workers of one host meet over the loopback interface, and don't overload it with threads."""
+    defaults: dict[str, str] = {}
+    if environment["GROUP_WORLD_SIZE"] == "1" and sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    if "OMP_NUM_THREADS" not in os.environ and int(environment["LOCAL_WORLD_SIZE"]) > 1:
+        defaults["OMP_NUM_THREADS"] = "1"
+    return defaults

@@ -1,0 +1,138 @@
+"""The launch function: from a parsed command line to an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elastic_fit.launch.resume import ResumeChooser
+from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.ledger import Ledger
+from elastic_fit.supervisor.rundir import Identity, RunDir
+from elastic_fit.supervisor.store import Lease, hold
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.api import RendezvousHandler
+
+    from elastic_fit.launch.agent import ElasticAgent
+    from elastic_fit.launch.parser import Invocation
+    from elastic_fit.launch.render import Console
+    from elastic_fit.launch.signals import SignalLatch
+
+
+def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status:
+    """Run the job on this node and return the command's exit status.
+
+    Args:
+        invocation: the parsed command line.
+        console: where a person reads what happens.
+        nursery: the process that forks workers; it is closed at the end.
+
+    Raises the ElasticFitError family for what a person can mend before anything has started.
+    """
+    folder = RunDir(invocation.run_dir.resolve())
+    try:
+        if invocation.fresh:
+            console.set_aside(folder.set_aside())
+        identity = folder.create(command=sys.argv)
+        lease = hold(folder)
+        try:
+            return _Launch(invocation, console, nursery, folder, identity, lease).run()
+        finally:
+            lease.release()
+    finally:
+        nursery.close()
+
+
+@dataclass(slots=True)
+class _Launch:
+    """A run that holds its folder."""
+
+    invocation: Invocation
+    console: Console
+    nursery: Nursery
+    folder: RunDir
+    identity: Identity
+    lease: Lease
+
+    def run(self) -> Status:
+        from elastic_fit.launch.signals import SignalLatch
+
+        ledger = Ledger(self.folder.events, generation=self.lease.generation)
+        ledger.write("generation", recovered=self.lease.recovered)
+        ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
+        with SignalLatch() as latch:
+            chooser = ResumeChooser(self.folder, ledger, self.invocation)
+            self.console.start(self.invocation, self.folder, self.lease, chooser())
+            self.nursery.preload(self.invocation.preload)
+            agent = self._agent(ledger, chooser, latch)
+            agent.run()
+        self.console.finish(self.folder, agent.status)
+        return agent.status
+
+    def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch) -> ElasticAgent:
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.run import determine_local_world_size
+
+        from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
+        from elastic_fit.launch.planner import Planner, program_of
+        from elastic_fit.supervisor.policy import RestartPolicy
+
+        args = self.invocation.torchrun
+        program = program_of(self.invocation)
+        spec = WorkerSpec(
+            role=args.role,
+            local_world_size=determine_local_world_size(args.nproc_per_node),
+            rdzv_handler=_rendezvous(self.invocation, self.identity.run_id),
+            entrypoint=program.target,
+            max_restarts=self.invocation.max_restarts,
+            event_log_handler=args.event_log_handler,
+            virtual_local_rank=args.virtual_local_rank,
+        )
+        effects = Effects(
+            nursery=self.nursery,
+            latch=latch,
+            ledger=ledger,
+            observer=self.console,
+            select_resume=chooser,
+            plan=Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation),
+        )
+        return ElasticAgent(
+            spec,
+            program,
+            effects,
+            policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
+            limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
+        )
+
+
+def _rendezvous(invocation: Invocation, run_id: str) -> RendezvousHandler:
+    """One node meets only itself; several meet as torchrun's flags say, with a fresh store each time."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
+    from torch.distributed.run import get_rdzv_endpoint, parse_min_max_nnodes
+
+    from elastic_fit.launch.rendezvous import IsolatedRendezvous, SoloRendezvous
+
+    args = invocation.torchrun
+    least, most = parse_min_max_nnodes(args.nnodes)
+    name = args.rdzv_id if args.rdzv_id not in ("none", "") else run_id
+    if most == 1 or args.standalone:
+        return SoloRendezvous(name, port=args.master_port or 0)
+    config = _parse_rendezvous_config(args.rdzv_conf)
+    if args.rdzv_backend == "static":
+        config["rank"] = args.node_rank
+    parameters = RendezvousParameters(
+        backend=args.rdzv_backend,
+        endpoint=get_rdzv_endpoint(args),
+        run_id=name,
+        min_nodes=least,
+        max_nodes=most,
+        local_addr=args.local_addr,
+        **config,
+    )
+    return IsolatedRendezvous(get_rendezvous_handler(parameters), address=args.local_addr)

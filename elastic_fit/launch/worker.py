@@ -1,0 +1,122 @@
+"""Bootstrap inside a worker: runs the user's script as ``python script.py`` would, with elastic-fit in place."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import linecache
+import os
+import runpy
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+from elastic_fit.supervisor.board import Board, Phase, Word
+from elastic_fit.supervisor.context import WorkerContext
+
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+
+
+def main(kind: str, target: str, args: list[str]) -> int:
+    """Run a script or a module to its end; returns the exit status.
+
+    Args:
+        kind: ``script`` or ``module``.
+        target: path of the script or name of the module.
+        args: the script's own arguments.
+    """
+    context = WorkerContext.from_environment()
+    if context is None:
+        raise RuntimeError("the worker's bootstrap was started without a worker context")
+    board = Board.open(Path(context.board))
+    board[Word.PID] = os.getpid()
+    board.enter(Phase.FORKED)
+
+    from elastic_fit import callbacks
+
+    callbacks.install(context, board)
+    board.enter(Phase.SCRIPT)
+    status = _guarded(kind, target, args, board)
+    board.enter(Phase.DONE)
+    return status
+
+
+def _guarded(kind: str, target: str, args: list[str], board: Board) -> int:
+    try:
+        _run(kind, target, args)
+    except SystemExit as end:
+        return _status_of(end, board)
+    except BaseException as error:  # noqa: BLE001 - whatever ends the script is reported and becomes the exit status
+        _report(error, board)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _run(kind: str, target: str, args: list[str]) -> None:
+    sys.argv = [target, *args]
+    if kind == "module":
+        sys.path[0] = os.getcwd()
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+        return
+    path = os.path.abspath(target)
+    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    # Like the interpreter itself: one lasting __main__, so that pickles, spawned children and exit handlers find it.
+    main_module = types.ModuleType("__main__")
+    main_module.__file__ = target
+    main_module.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+    main_module.__dict__["__builtins__"] = __builtins__
+    sys.modules["__main__"] = main_module
+    source = Path(path).read_bytes()
+    exec(compile(source, target, "exec"), main_module.__dict__)
+
+
+def _status_of(end: SystemExit, board: Board) -> int:
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        if end.code not in (0, 75):
+            _write_error_file(end, f"SystemExit: {end.code}", "", board)
+        return end.code & 0xFF
+    sys.stderr.write(f"{end.code}\n")
+    _write_error_file(end, f"SystemExit: {end.code}", "", board)
+    return 1
+
+
+def _report(error: BaseException, board: Board) -> None:
+    """Print the traceback without our own frames and leave it for the agent."""
+    own = str(Path(__file__))
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in (own, runpy.__file__):
+        trace = trace.tb_next
+    linecache.checkcache()
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    _write_error_file(error, f"{type(error).__name__}: {error}", text, board)
+
+
+def _write_error_file(error: BaseException, message: str, text: str, board: Board) -> None:
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if not path:
+        return
+    now = time.time()
+    record = {
+        # The part that torchelastic's own tools read.
+        "message": {"message": message, "extraInfo": {"py_callstack": text, "timestamp": str(int(now))}},
+        "type": type(error).__name__,
+        "bases": [base.__name__ for base in type(error).__mro__],
+        "traceback": text,
+        "rank": int(os.environ.get("RANK", "0")),
+        "step": board[Word.STEP],
+        "t": now,
+    }
+    try:
+        Path(path).write_text(json.dumps(record))
+    except OSError as failure:
+        sys.stderr.write(f"elastic-fit: can't write {path}: {failure.strerror}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
