@@ -69,7 +69,7 @@ class TorchelasticAgent(LocalElasticAgent):
 
     def wait_for_other_nodes(self) -> None:
         """Hold this node until the others have finished as well (not for long)."""
-        if self._worker_group.group_world_size > 1:
+        if (self._worker_group.group_world_size or 0) > 1:
             self._exit_barrier()
 
     def worker_environment(self, worker: Worker, attempt: int) -> dict[str, str]:

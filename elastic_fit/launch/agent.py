@@ -215,7 +215,7 @@ class ElasticAgent(TorchelasticAgent):
         for deadline in (ending_ns, self._stop.deadline_ns if self._stop else 0):
             if deadline:
                 timeout = min(timeout, max(0.01, (deadline - self._fx.now_ns()) / 1e9))
-        select.select([self._fx.nursery, self._fx.latch], [], [], timeout)
+        select.select([self._fx.nursery.fileno(), self._fx.latch.fileno()], [], [], timeout)
 
     # signals and stops
 
@@ -324,7 +324,7 @@ class ElasticAgent(TorchelasticAgent):
         """Wait before the next attempt; False where a stop came meanwhile."""
         until = self._fx.now_ns() + int(restart.backoff_s * 1e9)
         while self._stop is None and (left := until - self._fx.now_ns()) > 0:
-            select.select([self._fx.latch], [], [], left / 1e9)
+            select.select([self._fx.latch.fileno()], [], [], left / 1e9)
             self._note_signals()
         if self._stop is not None:
             self._ended_by_stop(saved=False)

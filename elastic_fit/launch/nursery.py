@@ -68,11 +68,11 @@ class Server:
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         self._send({"event": "ready", "pid": self._pid})
         while True:
-            ready, _, _ = select.select([self._channel, self._wake_r], [], [])
+            ready, _, _ = select.select([self._channel.fileno(), self._wake_r], [], [])
             if self._wake_r in ready:
                 self._drain_wakeups()
                 self._reap()
-            if self._channel in ready:
+            if self._channel.fileno() in ready:
                 message, descriptors = self._receive()
                 if message is None:
                     self._end_all()

@@ -38,12 +38,17 @@ class Nursery:
 
     Args:
         warm: import torch and Lightning once, and fork workers from there.
+        adopt: make this process the parent of whatever a lost nursery leaves behind, and sweep all of its descendants
+            when the nursery is replaced or closed. For a process that has no other children: the command.
 
     The process starts importing at once; `ready` waits for it. It is replaced when it dies.
     """
 
-    def __init__(self, *, warm: bool) -> None:
+    def __init__(self, *, warm: bool, adopt: bool = False) -> None:
         self.warm = warm
+        self._adopt = adopt
+        if adopt:
+            watch.adopt_orphans()
         self._modules: list[str] = []
         self._start()
 
@@ -135,7 +140,7 @@ class Nursery:
         """Replace a nursery that has died."""
         self._channel.close()
         self._process.wait()
-        watch.kill_descendants()
+        self._sweep()
         self._start()
         self.preload(self._modules)
 
@@ -147,7 +152,11 @@ class Nursery:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        watch.kill_descendants()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        if self._adopt:
+            watch.kill_descendants()
 
     _exits_heard: list[Exit] = []  # noqa: RUF012 - replaced, never changed in place
 
