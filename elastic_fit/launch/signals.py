@@ -1,0 +1,59 @@
+"""Signals to the launcher: handlers latch, the agent's loop acts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class SignalLatch:
+    """Collects stop signals while it is entered, and wakes whoever selects on it.
+
+    A handler does nothing but append and write one byte, so it can't interrupt anything half-way. Use from the main
+    thread; the handlers that were there before come back at the end.
+    """
+
+    def __init__(self) -> None:
+        self._arrived: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._reader, self._writer = os.pipe()
+        for descriptor in (self._reader, self._writer):
+            os.set_blocking(descriptor, False)
+
+    def __enter__(self) -> SignalLatch:
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._latch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _latch(self, number: int, frame: FrameType | None) -> None:
+        self._arrived.append(number)
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            return  # the pipe is full of wake-ups already
+
+    def fileno(self) -> int:
+        """Readable when a signal is waiting."""
+        return self._reader
+
+    def take(self) -> list[int]:
+        """The signals since the last call, oldest first."""
+        try:
+            while os.read(self._reader, 4096):
+                continue
+        except BlockingIOError:
+            pass
+        taken, self._arrived = self._arrived, []
+        return taken
