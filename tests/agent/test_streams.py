@@ -1,0 +1,75 @@
+"""Workers' output: kept in files, shown on the console as torchrun would."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+from pathlib import Path
+
+from elastic_fit.launch.signals import SignalLatch
+from elastic_fit.launch.streams import Route, Streams
+from tests.agent.harness import wait_until
+
+
+def write_and_finish(streams: Streams, sink: int, *pieces: bytes) -> None:
+    streams.start()
+    for piece in pieces:
+        os.write(sink, piece)
+    os.close(sink)
+    streams.finish()
+
+
+def test_output_is_kept_and_shown_byte_for_byte(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    write_and_finish(streams, sink, b"half a li", b"ne\n\xff\x00 and no end")
+    assert (tmp_path / "log").read_bytes() == b"half a line\n\xff\x00 and no end"
+    assert os.read(reader, 100) == b"half a line\n\xff\x00 and no end"
+
+
+def test_teed_lines_carry_the_ranks_prefix_and_the_log_does_not(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer, prefix="[default0]:"))
+    write_and_finish(streams, sink, b"one\ntw", b"o\nlast")
+    assert os.read(reader, 100) == b"[default0]:one\n[default0]:two\n[default0]:last\n"
+    assert (tmp_path / "log").read_bytes() == b"one\ntwo\nlast"
+
+
+def test_hidden_stream_is_kept_all_the_same(tmp_path: Path) -> None:
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=None))
+    write_and_finish(streams, sink, b"quiet\n")
+    assert (tmp_path / "log").read_bytes() == b"quiet\n"
+
+
+def test_worker_sees_a_terminal_where_the_console_is_one(tmp_path: Path) -> None:
+    master, console = pty.openpty()
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=console))
+    assert os.isatty(sink)
+    write_and_finish(streams, sink, b"\rstep 1\rstep 2\n")
+    assert (tmp_path / "log").read_bytes() == b"\rstep 1\rstep 2\n"
+    assert b"step 2" in os.read(master, 100)
+
+
+def test_console_that_has_gone_away_does_not_end_the_training(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    write_and_finish(streams, sink, b"a\n", b"b\n")
+    assert (tmp_path / "log").read_bytes() == b"a\nb\n"
+
+
+def test_signals_wait_for_the_loop_and_the_old_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with SignalLatch() as latch:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: len(latch._arrived) == 2)
+        assert sorted(latch.take()) == [signal.SIGUSR1, signal.SIGTERM]
+        assert latch.take() == []
+    assert signal.getsignal(signal.SIGUSR1) is before
