@@ -294,6 +294,20 @@ def test_nothing_outlives_a_launcher_killed_by_sigkill(tmp_path: Path) -> None:
     wait_until(lambda: all(is_gone(process.pid) for process in family), timeout_s=5)
 
 
+def test_failing_worker_still_runs_its_exit_handlers_and_flushes_its_files(tmp_path: Path) -> None:
+    script = """
+import atexit
+file = open("rows.csv", "w")
+file.write("step,loss")
+atexit.register(lambda: open("handler", "w"))
+raise RuntimeError("x")
+"""
+    with Node(tmp_path, script, workers=1, policy=RestartPolicy(max_restarts=0)) as node:
+        node.run()
+    assert (tmp_path / "rows.csv").read_text() == "step,loss"
+    assert (tmp_path / "handler").exists()
+
+
 def test_error_file_serves_torchelastics_own_tools(tmp_path: Path) -> None:
     with Node(tmp_path, "raise RuntimeError('x')", workers=1, policy=RestartPolicy(max_restarts=0)) as node:
         node.run()
