@@ -29,22 +29,19 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     Args:
         invocation: the parsed command line.
         console: where a person reads what happens.
-        nursery: the process that forks workers; it is closed at the end.
+        nursery: the process that forks workers; the caller closes it.
 
     Raises the ElasticFitError family for what a person can mend before anything has started.
     """
     folder = RunDir(invocation.run_dir.resolve())
+    if invocation.fresh:
+        console.set_aside(folder.set_aside())
+    identity = folder.create(command=sys.argv)
+    lease = hold(folder)
     try:
-        if invocation.fresh:
-            console.set_aside(folder.set_aside())
-        identity = folder.create(command=sys.argv)
-        lease = hold(folder)
-        try:
-            return _Launch(invocation, console, nursery, folder, identity, lease).run()
-        finally:
-            lease.release()
+        return _Launch(invocation, console, nursery, folder, identity, lease).run()
     finally:
-        nursery.close()
+        lease.release()
 
 
 @dataclass(slots=True)
