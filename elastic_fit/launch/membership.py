@@ -17,7 +17,7 @@ class Change:
 
     cause: Cause | None
     """FINISHED: let them run to their end. JOIN and STOP: agree on a step and save (StopMode.SAVE). FAILED and LOST:
-    save what is whole (StopMode.RESCUE). None: this node is fenced off, so end them at once; nothing they write counts."""
+    save what is whole (StopMode.RESCUE). None: this node is fenced off: end them at once."""
     why: str
     """In a line, with the names of the nodes."""
     deadline_s: float | None = None
@@ -29,7 +29,7 @@ class Report:
     """How a node's part in a round has ended; the leader of the next one decides by what all have reported."""
 
     cause: Cause
-    """What the node saw: FINISHED (all its workers ended well), FAILED, STOP, or the cause of the change it followed."""
+    """What the node saw: FINISHED (its workers ended well), FAILED, STOP, or the cause of the change it followed."""
     codes: Mapping[int, int] = field(default_factory=dict)
     """Exit status by global rank."""
     reached_step: int = 0
@@ -58,7 +58,7 @@ class Membership(Protocol):
     """`Verdict.facts` of the current round."""
 
     def lead(self, judge: Callable[[int, Sequence[Report]], Verdict]) -> None:
-        """Set what decides when this node leads: called with the new generation (its ticket is taken) and all reports."""
+        """Set what decides when this node leads: called with the new generation (already taken) and all reports."""
 
     def report(self, report: Report) -> None:
         """This node's workers have ended. Then call `next_rendezvous`."""

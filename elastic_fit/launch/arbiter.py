@@ -1,0 +1,157 @@
+"""The arbiter: where the roster lives, so that whoever stores the next version first has decided.
+
+It holds one versioned document and one counter per node. Three places can be the arbiter: the shared run folder, an
+etcd server, and a TCP store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from elastic_fit.supervisor.errors import ElasticFitError
+
+KEEP_VERSIONS = 64
+"""Old versions of the roster that stay in the folder, for people to read."""
+
+
+class ArbiterLost(ElasticFitError):
+    """The arbiter did not answer; what was asked of it may or may not have happened."""
+
+
+class Arbiter(Protocol):
+    """A compare-and-set cell and the nodes' counters. Every call may block, and raises ArbiterLost."""
+
+    def read(self) -> tuple[int, bytes] | None:
+        """The newest version and its document, or None where there is none."""
+
+    def store(self, version: int, document: bytes) -> bool:
+        """Store `document` as `version` if that is the next one and nobody has; says whether this call did."""
+
+    def beat(self, node: str, counter: int) -> None:
+        """Leave this node's counter."""
+
+    def counters(self, nodes: Iterable[str]) -> dict[str, str]:
+        """The counters of those nodes that have left one."""
+
+    def forget(self, node: str) -> None:
+        """Remove a node's counter."""
+
+
+class FolderArbiter:
+    """The arbiter in a folder that all nodes share.
+
+    Version n is the file ``n.json``. It is written whole under another name and then linked: `link` fails where the
+    name exists, on local file systems and on NFS, which makes it the compare-and-set.
+
+    Args:
+        root: the folder; made where it is missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._rosters = root / "rosters"
+        self._nodes = root / "nodes"
+
+    def read(self) -> tuple[int, bytes] | None:
+        """See `Arbiter`."""
+        with _as_lost(self._rosters):
+            while True:
+                newest = max(self._versions(), default=0)
+                if not newest:
+                    return None
+                try:
+                    return newest, self._file(newest).read_bytes()
+                except FileNotFoundError:
+                    continue  # pruned since: then there are newer ones
+
+    def store(self, version: int, document: bytes) -> bool:
+        """See `Arbiter`."""
+        with _as_lost(self._rosters):
+            self._rosters.mkdir(parents=True, exist_ok=True)
+            temporary = self._rosters / f".{os.getpid()}.{secrets.token_hex(8)}"
+            _write_durably(temporary, document)
+            try:
+                won = self._link(temporary, version)
+            finally:
+                temporary.unlink()
+            # A version that was pruned long ago can be linked again. It counts only if nothing newer is there.
+            versions = self._versions()
+            won = won and max(versions, default=version) == version
+            if won:
+                self._prune(versions)
+            return won
+
+    def _link(self, temporary: Path, version: int) -> bool:
+        try:
+            os.link(temporary, self._file(version))
+        except FileExistsError:
+            # Over NFS the reply to a link that succeeded may be lost and the request sent again: count the names.
+            return os.stat(temporary).st_nlink == 2
+        return True
+
+    def _prune(self, versions: list[int]) -> None:
+        for version in sorted(versions)[:-KEEP_VERSIONS]:
+            self._file(version).unlink(missing_ok=True)
+
+    def _versions(self) -> list[int]:
+        try:
+            names = os.listdir(self._rosters)
+        except FileNotFoundError:
+            return []
+        return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()]
+
+    def _file(self, version: int) -> Path:
+        return self._rosters / f"{version}.json"
+
+    def beat(self, node: str, counter: int) -> None:
+        """See `Arbiter`. The text has a fixed width and is overwritten in place: a reader never sees it empty."""
+        with _as_lost(self._nodes):
+            try:
+                descriptor = os.open(self._nodes / node, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                self._nodes.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._nodes / node, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(descriptor, f"{counter:020d}\n".encode())
+            finally:
+                os.close(descriptor)
+
+    def counters(self, nodes: Iterable[str]) -> dict[str, str]:
+        """See `Arbiter`."""
+        found: dict[str, str] = {}
+        with _as_lost(self._nodes):
+            for node in nodes:
+                with contextlib.suppress(FileNotFoundError):
+                    found[node] = (self._nodes / node).read_text().strip()
+        return found
+
+    def forget(self, node: str) -> None:
+        """See `Arbiter`."""
+        with _as_lost(self._nodes):
+            (self._nodes / node).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _as_lost(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArbiterLost(
+            f"the job's folder {folder} did not answer: {error.strerror or error}",
+            hint="every node of a job needs the same run folder, readable and writable",
+        ) from error
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

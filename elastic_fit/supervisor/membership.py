@@ -1,0 +1,421 @@
+"""What a node does about the other nodes: one pure function of what it sees. No clock, no socket, no disk.
+
+The rules, from which the rest follows:
+
+- Whoever stores the next version of the roster has decided; everybody else reads it and follows.
+- A round ends with a *gathering*: one leader, to whom every node that wants to go on connects and says that its own
+  workers have ended. Only then does the leader form the next round, under the next generation.
+- A false alarm does no harm beyond the time it costs: who was taken for lost but connects to the leader is in again.
+- Nobody compares clocks. A peer is silent when the observer's own clock has run too long since the peer was heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, count_flaps, put_off_s, seat
+
+CONTACT_SAMPLE = 8
+"""How many members a node from outside tries before it takes a round for dead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """The limits. Times are seconds."""
+
+    least: int
+    """Fewer nodes than this never train."""
+    most: int
+    """More nodes than this are spares."""
+    beat_s: float = 0.5
+    """Pause between two signs of life to a linked peer, and between two looks at the arbiter."""
+    silence_s: float = 4.5
+    """A peer that was not heard for so long is lost."""
+    hesitation_s: float = 0.5
+    """Who misses all its peers accuses so much later than who misses none: the larger side of a cut goes first."""
+    gather_s: float = 2.0
+    """At the start of a job: how long after an arrival another one is waited for."""
+    join_s: float = 0.5
+    """How long a newcomer waits for more newcomers, so that they cause one change together."""
+    settled_s: float = 300.0
+    """A round longer than this forgives earlier losses."""
+    patience_s: float = 600.0
+    """How long a gathering waits for the minimum before the job ends."""
+
+    @property
+    def fence_s(self) -> float:
+        """A node that has not reached the arbiter for so long ends its workers: before others can take it for lost."""
+        return self.silence_s - 2 * self.beat_s
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most:
+            raise ValueError("it takes 1 <= least <= most")
+        if self.silence_s <= 4 * self.beat_s:
+            raise ValueError("silence_s must span several beats")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Another node, as this one hears it."""
+
+    profile: Profile
+    up: bool = False
+    """A connection stands and the peer has said who it is."""
+    refused: bool = False
+    """Its host answers, and nobody listens there any more: its agent is dead."""
+    quiet_s: float = 0.0
+    """Since it was last heard, or since it was first looked for."""
+    beat_age_s: float | None = None
+    """How long its counter in the arbiter has stood still; None where that was not looked at."""
+    ready_for: int | None = None
+    """The round that it can go into: it has no workers running. A newcomer is ready for any (-1)."""
+    waited_s: float = 0.0
+    """Since it said that it is ready."""
+    reaches_arbiter: bool = True
+    """What it says of itself."""
+    refusal: str | None = None
+    """Why it can't be part of this job."""
+
+    def is_ready(self, round_: int) -> bool:
+        """Whether it can go into that round."""
+        return self.up and self.refusal is None and self.ready_for in (round_, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """All that a node goes by."""
+
+    me: Profile
+    bounds: Bounds
+    roster: Roster | None
+    """The newest that the arbiter has shown."""
+    born_version: int = 0
+    """The version that the arbiter showed first; what was closed by then is another job's end."""
+    phase_s: float = 0.0
+    """Since this node first saw the current gathering or round."""
+    arbiter_age_s: float = 0.0
+    """Since the arbiter last answered."""
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    ready: bool = False
+    """Whether this node's agent waits for a round and has no workers running."""
+    report: Cause | None = None
+    """How this node's part of the current round has ended, if it has."""
+    stop: bool = False
+    """Whether somebody has asked this node for a stop of the job."""
+    lasted_s: float = 0.0
+    """How long the last round lasted, as far as this node was part of it."""
+    told_version: int = 0
+    """The newest version that a peer has spoken of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Propose:
+    """Store this roster if nobody has stored that version."""
+
+    roster: Roster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Nothing to do but to listen."""
+
+    why: str
+    missing: tuple[str, ...] = ()
+    """Names of those waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """All is there: this node, the leader, forms the round."""
+
+    members: tuple[Profile, ...]
+    flaps: Mapping[str, int]
+    gone: tuple[str, ...]
+    """Names of the members of the last round that are not in this one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """This node is a member of the round that runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """This node is cut off: its workers must end at once; it waits and tries to come back."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The job is closed."""
+
+
+Move = Propose | Wait | Form | Train | Fence | End
+
+
+def decide(view: View) -> Move:
+    """What this node does now."""
+    if _is_cut_off(view):
+        return Fence(why="the arbiter of the job can't be reached")
+    roster = view.roster
+    if roster is None:
+        return Propose(roster=_opening(view, version=1, round_=1, generation=0))
+    if roster.phase is Phase.CLOSED:
+        if roster.version > view.born_version:
+            return End()
+        return Propose(roster=_opening(view, roster.version + 1, roster.round + 1, roster.generation))
+    if roster.phase is Phase.GATHERING:
+        return _gather(view, roster)
+    return _run(view, roster)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """This node's workers must end."""
+
+    cause: Cause | None
+    """How, see `Cause`; None is at once, because nothing they write counts any more."""
+
+
+def release(roster: Roster | None, me: str, training: int) -> Release | None:
+    """Whether the workers that this node has in round `training` must end, as the roster has it."""
+    if roster is None or (roster.phase is Phase.RUNNING and roster.round == training and roster.seats(me)):
+        return None
+    if roster.phase is Phase.GATHERING and roster.round == training + 1 and roster.seats(me):
+        return Release(cause=roster.cause)
+    return Release(cause=None)
+
+
+def linked(rank: int, size: int) -> frozenset[int]:
+    """The ranks that a member keeps a link with: those 1, 2, 4, ... away, both ways round.
+
+    Every loss has a linked witness, and news crosses the whole job in log2(size) hops.
+    """
+    steps = [1 << power for power in range((size - 1).bit_length())]
+    return frozenset((rank + sign * step) % size for step in steps for sign in (1, -1)) - {rank}
+
+
+def contacts(roster: Roster | None, me: str, gone: Iterable[str] = ()) -> tuple[Profile, ...]:
+    """The nodes that `me` should have a link with."""
+    if roster is None or roster.phase is Phase.CLOSED:
+        return ()
+    wanted: dict[str, Profile] = {}
+    if roster.phase is Phase.GATHERING and roster.leading is not None:
+        wanted[roster.leader] = roster.leading
+    if roster.seats(me):
+        for rank in linked(roster.rank(me), len(roster.members)):
+            wanted[roster.members[rank].node] = roster.members[rank]
+    elif roster.phase is Phase.RUNNING:
+        wanted.update((member.node, member) for member in _doors(roster, gone))
+    wanted.pop(me, None)
+    return tuple(wanted.values())
+
+
+def is_gone(peer: Peer, bounds: Bounds) -> bool:
+    """Whether a peer is to be taken for lost."""
+    return peer.quiet_s >= bounds.silence_s or (peer.refused and not peer.up)
+
+
+def _doors(roster: Roster, gone: Iterable[str] = ()) -> list[Profile]:
+    """Where a node from outside knocks: at the leader's, then at a few others'; those known to be gone come last."""
+    away = set(gone)
+    order = sorted(roster.members, key=lambda member: (member.node in away, member.node != roster.leader))
+    return order[: 1 if order and order[0].node not in away else CONTACT_SAMPLE]
+
+
+def _is_cut_off(view: View) -> bool:
+    """Whether the arbiter is out of reach of this node, and not simply down for everybody that it hears."""
+    if view.arbiter_age_s < view.bounds.fence_s:
+        return False
+    near = [peer for peer in view.peers.values() if view.roster is not None and view.roster.seats(peer.profile.node)]
+    all_as_blind = bool(near) and all(peer.up and not peer.reaches_arbiter for peer in near)
+    return not all_as_blind or view.roster is None or view.told_version > view.roster.version
+
+
+def _opening(view: View, version: int, round_: int, generation: int) -> Roster:
+    return Roster(
+        version=version,
+        phase=Phase.GATHERING,
+        round=round_,
+        generation=generation,
+        leader=view.me.node,
+        leading=view.me,
+    )
+
+
+def _call(view: View, roster: Roster, cause: Cause, lost: Iterable[str] = ()) -> Propose:
+    """End the running round: a gathering that this node leads."""
+    proposal = roster.after(
+        phase=Phase.GATHERING,
+        leader=view.me.node,
+        leading=view.me,
+        cause=cause,
+        lost=tuple(lost),
+        round=roster.round + 1,
+    )
+    return Propose(roster=proposal)
+
+
+def _gone_members(view: View, roster: Roster) -> list[str]:
+    """Linked members that this node misses and that are not given up yet."""
+    return [
+        peer.profile.node
+        for peer in view.peers.values()
+        if roster.seats(peer.profile.node)
+        and peer.profile.node not in roster.lost
+        and is_gone(peer, view.bounds)
+        and not peer.is_ready(roster.round)
+    ]
+
+
+def _run(view: View, roster: Roster) -> Move:
+    if not roster.seats(view.me.node):
+        return _knock(view, roster)
+    gone = _gone_members(view, roster)
+    if gone:
+        witnesses = sum(roster.seats(node) for node in view.peers) or 1
+        longest = max(view.peers[node].quiet_s for node in gone)
+        refused = all(view.peers[node].refused for node in gone)
+        hesitation = view.bounds.hesitation_s * len(gone) / witnesses
+        if refused or longest >= view.bounds.silence_s + hesitation:
+            return _call(view, roster, Cause.LOST, gone)
+    if view.report is not None:
+        return _call(view, roster, view.report)
+    if view.stop:
+        return _call(view, roster, Cause.STOP)
+    if len(roster.members) < view.bounds.most and _newcomers_due(view, roster):
+        return _call(view, roster, Cause.JOIN)
+    return Train()
+
+
+def _newcomers_due(view: View, roster: Roster) -> bool:
+    waiting = [peer.waited_s for peer in _newcomers(view, roster)]
+    return bool(waiting) and max(waiting) >= view.bounds.join_s
+
+
+def _newcomers(view: View, roster: Roster) -> list[Peer]:
+    """Those outside who may come in, in order of arrival."""
+    found = [
+        peer
+        for peer in view.peers.values()
+        if not roster.seats(peer.profile.node)
+        and peer.is_ready(roster.round)
+        and peer.waited_s >= put_off_s(roster.flaps.get(peer.profile.name, 0))
+    ]
+    return sorted(found, key=lambda peer: (-peer.waited_s, peer.profile.node))
+
+
+def _knock(view: View, roster: Roster) -> Move:
+    """A round runs without this node: be let in, or find out that nobody is left in it."""
+    doors = [view.peers.get(member.node) for member in _doors(roster, _away(view))]
+    if doors and all(peer is not None and _is_dead(peer, view.bounds) for peer in doors):
+        return _call(view, roster, Cause.START, [member.node for member in roster.members])
+    if any(peer is not None and peer.up for peer in doors):
+        return Wait(why="waiting to be let in")
+    if view.phase_s >= view.bounds.silence_s:
+        return Fence(why="the job runs, and none of its nodes can be reached from here")
+    return Wait(why="looking for the job's nodes")
+
+
+def _away(view: View) -> list[str]:
+    return [node for node, peer in view.peers.items() if is_gone(peer, view.bounds)]
+
+
+def _is_dead(peer: Peer, bounds: Bounds) -> bool:
+    """Gone, and not only out of this node's reach: what it leaves in the arbiter stands still as well."""
+    if not is_gone(peer, bounds):
+        return False
+    return peer.refused or (peer.beat_age_s is not None and peer.beat_age_s >= bounds.silence_s)
+
+
+def _gather(view: View, roster: Roster) -> Move:
+    graver = _graver(view, roster)
+    if graver is not None:
+        return graver
+    if roster.leader == view.me.node:
+        return _lead(view, roster)
+    leader = view.peers.get(roster.leader)
+    if leader is None or not is_gone(leader, view.bounds):
+        return Wait(why="gathering", missing=(roster.leading.name if roster.leading else roster.leader,))
+    if _is_dead(leader, view.bounds):
+        lost = tuple(dict.fromkeys((*roster.lost, roster.leader)))
+        takes_over = roster.after(leader=view.me.node, leading=view.me, lost=lost)
+        return Propose(roster=takes_over)
+    return Fence(why=f"{leader.profile.name} gathers the nodes and can't be reached from here")
+
+
+def _graver(view: View, roster: Roster) -> Propose | None:
+    """The gathering's cause has grown: workers that were left to end in peace must be told."""
+    if not roster.seats(view.me.node):
+        return None
+    gone = _gone_members(view, roster)
+    cause = max(
+        roster.cause,
+        view.report if view.report is not None else roster.cause,
+        Cause.LOST if gone else roster.cause,
+        Cause.STOP if view.stop else roster.cause,
+    )
+    # A leader that can't be reached is the others' business as well: they take over, see `_gather`.
+    if cause is roster.cause or gone == [roster.leader]:
+        return None
+    return Propose(roster=roster.after(cause=cause, lost=tuple(dict.fromkeys((*roster.lost, *gone)))))
+
+
+def _lead(view: View, roster: Roster) -> Move:
+    bounds = view.bounds
+    missing = [member.name for member in roster.members if _is_awaited(view, roster, member)]
+    if not view.ready:
+        missing.append(view.me.name)
+    if roster.cause is Cause.START:
+        missing += [p.profile.name for p in view.peers.values() if p.up and p.refusal is None and p.ready_for is None]
+    if missing:
+        return Wait(why="waiting for workers to end" if roster.members else "waiting", missing=tuple(missing))
+    old = {member.node for member in roster.members}
+    back = [peer.profile for peer in view.peers.values() if peer.profile.node in old and peer.is_ready(roster.round)]
+    newcomers = _newcomers(view, roster)
+    present = [view.me, *back, *(peer.profile for peer in newcomers)]
+    if len(present) < bounds.least:
+        present += [peer.profile for peer in _put_off(view, roster)]
+    if len(present) < bounds.least:
+        return _wait_for_minimum(view, roster, len(present))
+    latest = min((peer.waited_s for peer in newcomers), default=view.phase_s)
+    if roster.cause is Cause.START and len(present) < bounds.most and min(latest, view.phase_s) < bounds.gather_s:
+        return Wait(why=f"{len(present)} nodes are here, others may come")
+    members = seat(roster.members, present, bounds.most)
+    seated = {member.node for member in members}
+    gone = tuple(member.name for member in roster.members if member.node not in seated)
+    flaps = count_flaps(roster.flaps, gone, lasted_s=view.lasted_s, settled_s=bounds.settled_s)
+    return Form(members=members, flaps=flaps, gone=gone)
+
+
+def _is_awaited(view: View, roster: Roster, member: Profile) -> bool:
+    """Whether the leader waits for this member of the last round."""
+    if member.node == view.me.node:
+        return False
+    peer = view.peers.get(member.node)
+    if peer is not None and (peer.is_ready(roster.round) or is_gone(peer, view.bounds)):
+        return False
+    if peer is not None and peer.up:
+        return True
+    return member.node not in roster.lost and view.phase_s < view.bounds.silence_s
+
+
+def _put_off(view: View, roster: Roster) -> list[Peer]:
+    """Nodes that are put off for coming and going: better than standing still below the minimum."""
+    taken = {peer.profile.node for peer in _newcomers(view, roster)}
+    return [
+        peer
+        for peer in view.peers.values()
+        if peer.is_ready(roster.round) and not roster.seats(peer.profile.node) and peer.profile.node not in taken
+    ]
+
+
+def _wait_for_minimum(view: View, roster: Roster, present: int) -> Move:
+    bounds = view.bounds
+    if view.phase_s >= bounds.patience_s:
+        why = f"{present} of at least {bounds.least} nodes came within {bounds.patience_s:.0f} s"
+        return Propose(roster=roster.after(phase=Phase.CLOSED, decision={"status": 1, "why": why}))
+    left = bounds.patience_s - view.phase_s
+    return Wait(why=f"{present} of at least {bounds.least} nodes are here; giving up in {left:.0f} s")

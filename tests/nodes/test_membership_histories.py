@@ -1,0 +1,219 @@
+"""Histories against the decision code: whatever comes, there is one leader, one world, and progress in the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elastic_fit.supervisor.membership import Bounds
+from elastic_fit.supervisor.roster import Phase
+from tests.nodes.simulation import World
+
+NAMES = ("h1", "h2", "h3", "h4", "h5")
+
+
+def check_truths(world: World) -> None:
+    """What must hold at every moment."""
+    leaders: dict[int, set[str]] = defaultdict(set)
+    for roster in world.cell.history:
+        if roster.phase is Phase.RUNNING:
+            leaders[roster.generation].add(roster.leader)
+            assert len(roster.members) >= world.bounds.least, "fewer than the minimum train"
+            assert len(roster.members) <= world.bounds.most, "more than the maximum train"
+    assert all(len(found) == 1 for found in leaders.values()), "two leaders in one generation"
+    assert len(world.complete_rounds()) <= 1, "two sides train at once"
+
+
+def formed(least: int, most: int, names: tuple[str, ...], **options: object) -> World:
+    world = World(Bounds(least=least, most=most), **options)  # type: ignore[arg-type]
+    for name in names:
+        world.add(name)
+    world.run_until(lambda w: w.trains_with(min(most, len(names))), 30)
+    return world
+
+
+def test_nodes_that_start_together_form_one_world() -> None:
+    world = formed(1, 4, NAMES[:4])
+    assert len([r for r in world.cell.history if r.phase is Phase.RUNNING]) == 1
+
+
+def test_fewer_than_the_minimum_never_train_and_the_missing_node_starts_them() -> None:
+    world = World(Bounds(least=3, most=4))
+    world.add("h1")
+    world.add("h2")
+    world.run(60, check_truths)
+    assert not any(host.training for host in world.living())
+    world.add("h3")
+    world.run_until(lambda w: w.trains_with(3), 15)
+
+
+def test_the_minimum_never_comes_and_the_job_ends_with_a_reason() -> None:
+    world = World(Bounds(least=2, most=2, patience_s=20))
+    host = world.add("h1")
+    world.run(30)
+    assert host.ended
+    assert "1 of at least 2 nodes" in world.cell.history[-1].decision["why"]
+
+
+def test_first_node_dies_and_the_others_go_on() -> None:
+    world = formed(1, 4, NAMES[:3])
+    first = world.hosts[world.cell.history[-1].members[0].node]
+    world.kill(first)
+    assert world.run_until(lambda w: w.trains_with(2), 30) < 5
+
+
+def test_survivors_keep_their_ranks() -> None:
+    world = formed(1, 4, NAMES[:4])
+    before = [member.node for member in world.cell.history[-1].members]
+    world.kill(world.hosts[before[1]])
+    world.run_until(lambda w: w.trains_with(3), 30)
+    after = [member.node for member in world.cell.history[-1].members]
+    assert after == [before[0], before[3], before[2]]
+
+
+def test_silent_node_is_noticed_within_five_seconds_and_comes_back_when_it_is_heard_again() -> None:
+    world = formed(1, 4, NAMES[:3])
+    victim = world.named("h3")
+    assert victim is not None
+    victim.paused = True
+    assert world.run_until(lambda w: w.cell.history[-1].phase is Phase.GATHERING, 30) <= 5.5
+    world.run_until(lambda w: w.trains_with(2), 30)
+    victim.paused = False
+    world.run_until(lambda w: w.trains_with(3), 30)
+    check_truths(world)
+
+
+def test_two_newcomers_at_once_cause_one_change() -> None:
+    world = formed(1, 4, NAMES[:2])
+    rounds = world.cell.history[-1].round
+    world.add("h3")
+    world.add("h4")
+    world.run_until(lambda w: w.trains_with(4), 30)
+    assert world.cell.history[-1].round == rounds + 1
+
+
+def test_spare_takes_the_seat_of_a_lost_node() -> None:
+    world = formed(2, 2, NAMES[:3])
+    seated = world.hosts[world.cell.history[-1].members[1].node]
+    world.kill(seated)
+    world.run_until(lambda w: w.trains_with(2), 30)
+    check_truths(world)
+
+
+def test_larger_side_of_a_cut_goes_on_and_the_other_waits_until_it_heals() -> None:
+    world = formed(1, 4, NAMES[:3])
+    world.cut = {frozenset(("h3", "h1")), frozenset(("h3", "h2"))}
+    world.run_until(lambda w: w.trains_with(2), 30)
+    assert {member.name for member in world.cell.history[-1].members} == {"h1", "h2"}
+    world.run(20, check_truths)
+    cut_off = world.named("h3")
+    assert cut_off is not None
+    assert not cut_off.training
+    world.cut.clear()
+    world.run_until(lambda w: w.trains_with(3), 30)
+
+
+def test_node_that_sees_neither_peers_nor_the_arbiter_stops_before_the_others_go_on() -> None:
+    world = formed(1, 4, NAMES[:3])
+    alone = world.named("h1")
+    assert alone is not None
+    world.cut = {frozenset(("h1", "h2")), frozenset(("h1", "h3"))}
+    world.blind.add(alone.node)
+    world.run_until(lambda w: w.trains_with(2), 30)
+    assert not alone.training
+
+
+def test_arbiter_that_is_down_for_everybody_stops_nobody() -> None:
+    world = formed(1, 4, NAMES[:3])
+    world.blind = {host.node for host in world.living()}
+    world.run(60, check_truths)
+    assert world.trains_with(3)
+    world.blind.clear()
+    world.kill(world.living()[0])
+    world.run_until(lambda w: w.trains_with(2), 30)
+
+
+def test_node_that_comes_and_goes_is_put_off_and_the_others_train_meanwhile() -> None:
+    world = formed(1, 4, NAMES[:2])
+    for _ in range(3):
+        flapping = world.add("h3")
+        world.run_until(lambda w: w.trains_with(3), 60)
+        world.kill(flapping)
+        world.run_until(lambda w: w.trains_with(2), 60)
+    world.add("h3")
+    assert world.run_until(lambda w: w.trains_with(3), 60) > 9
+
+
+def test_failed_worker_ends_the_round_for_all_and_all_come_back() -> None:
+    world = formed(1, 4, NAMES[:3])
+    before = world.cell.history[-1]
+    world.living()[1].fail()
+    world.run_until(lambda w: w.cell.history[-1].round > before.round and w.trains_with(3), 30)
+    assert world.cell.history[-1].members == before.members
+
+
+EVENT = st.tuples(
+    st.sampled_from(("kill", "start", "isolate", "cut", "heal", "blind", "see", "pause", "wake", "fail")),
+    st.sampled_from(NAMES),
+    st.sampled_from(NAMES),
+    st.floats(min_value=0.0, max_value=8.0),
+)
+
+
+def apply(world: World, event: tuple[str, str, str, float]) -> None:
+    kind, name, other, _ = event
+    host = world.named(name)
+    if kind == "start" and host is None:
+        world.add(name)
+    elif kind == "isolate":
+        world.cut |= {frozenset((name, peer)) for peer in NAMES if peer != name}
+    elif kind == "cut" and name != other:
+        world.cut.add(frozenset((name, other)))
+    elif kind == "heal":
+        world.cut = {pair for pair in world.cut if name not in pair}
+    elif host is None:
+        return
+    elif kind == "kill":
+        world.kill(host)
+    elif kind == "blind":
+        world.blind.add(host.node)
+    elif kind == "see":
+        world.blind.discard(host.node)
+    elif kind == "pause":
+        host.paused = True
+    elif kind == "wake":
+        host.paused = False
+    elif kind == "fail":
+        host.fail()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    events=st.lists(EVENT, max_size=12),
+    least=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+    slowness=st.sampled_from((0.0, 0.3, 0.6)),
+)
+def test_whatever_happens_there_is_one_world_and_progress_once_it_is_over(
+    events: list[tuple[str, str, str, float]], least: int, seed: int, slowness: float
+) -> None:
+    world = World(Bounds(least=least, most=4, patience_s=1e9), seed=seed, slowness=slowness)
+    for name in NAMES[:3]:
+        world.add(name)
+    world.run(4, check_truths)
+    for event in events:
+        apply(world, event)
+        world.run(event[3], check_truths)
+    world.cut.clear()
+    world.blind.clear()
+    for host in world.living():
+        host.paused = False
+    for name in NAMES[:3]:
+        if world.named(name) is None:
+            world.add(name)
+    expected = min(4, len(world.living()))
+    # The longest put-off that twelve events can earn, and then some.
+    world.run_until(lambda w: w.trains_with(expected), 400)
+    check_truths(world)
