@@ -1,1 +1,64 @@
-"""Checkpoints on disk: manifest, commit, verify, select, retention."""
+"""Checkpoints on disk: manifest, commit, verify, select, retention. Knows neither torch nor Lightning.
+
+It serves a plain PyTorch script as well:
+
+>>> import tempfile
+>>> from elastic_fit.supervisor.store import CheckpointStore, Facts, latest_valid
+>>> folder = tempfile.mkdtemp()
+>>> store = CheckpointStore(folder)
+>>> with store.stage("step=10.ckpt") as staged:
+...     with staged.open() as file:
+...         _ = file.write(b"what torch.save(state, file) would write")
+...     checkpoint = staged.commit(Facts(step=10))
+>>> latest_valid(folder).chosen.manifest.step
+10
+"""
+
+from __future__ import annotations
+
+from elastic_fit.supervisor.store.commit import DigestingFile, Disk, Fence, SaveFailed, Staged
+from elastic_fit.supervisor.store.folder import (
+    NO_FENCE,
+    Checkpoint,
+    CheckpointStore,
+    Rejected,
+    Selection,
+    latest_valid,
+)
+from elastic_fit.supervisor.store.generation import GenerationFence, Holder, Lease, hold, newest_generation
+from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
+from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, surplus
+from elastic_fit.supervisor.store.verify import Verdict, verify
+
+__all__ = [
+    "NO_FENCE",
+    "SUFFIX",
+    "AnyOf",
+    "Best",
+    "Checkpoint",
+    "CheckpointStore",
+    "DigestingFile",
+    "Disk",
+    "EveryHours",
+    "EverySteps",
+    "Facts",
+    "Fence",
+    "FileEntry",
+    "GenerationFence",
+    "Holder",
+    "LastN",
+    "Lease",
+    "Manifest",
+    "ManifestError",
+    "Rejected",
+    "Retention",
+    "SaveFailed",
+    "Selection",
+    "Staged",
+    "Verdict",
+    "hold",
+    "latest_valid",
+    "newest_generation",
+    "surplus",
+    "verify",
+]

@@ -1,0 +1,169 @@
+"""Who holds a run: an advisory lock, and a generation number that fences off whoever held it before.
+
+File locks on shared file systems may lie, so the lock only spares people a mistake. What keeps a checkpoint folder
+true is the generation: a ticket made by ``link``, which fails where the number is taken. Every commit asks whether a
+higher ticket exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from elastic_fit.supervisor.errors import FencedOff, RunIsHeld, StorageError
+from elastic_fit.supervisor.rundir import RunDir
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A process, told apart from another one that gets the same pid later."""
+
+    host: str
+    pid: int
+    started: float
+    """When the process began, seconds since the epoch."""
+    boot: str
+    """The boot of the host that it belongs to."""
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """The caller."""
+        return cls(host=socket.gethostname(), pid=os.getpid(), started=psutil.Process().create_time(), boot=_boot_id())
+
+    def is_dead(self) -> bool:
+        """Whether it is certain that it is gone; a process of another host never is."""
+        if self.host != socket.gethostname():
+            return False
+        if self.boot != _boot_id():
+            return True
+        try:
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started) > 1.0
+        except psutil.NoSuchProcess:
+            return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class GenerationFence:
+    """Refuses commits once a higher generation exists."""
+
+    def __init__(self, folder: RunDir, generation: int) -> None:
+        self._tickets = folder.generations
+        self._generation = generation
+
+    def check(self) -> None:
+        """Raise FencedOff where a newer generation has taken the run."""
+        newest = newest_generation(self._tickets)
+        if newest > self._generation:
+            raise FencedOff(
+                f"generation {self._generation} was replaced by generation {newest}: nothing is committed any more",
+                hint="another supervisor has taken over this run",
+            )
+
+
+@dataclass(slots=True)
+class Lease:
+    """A held run."""
+
+    generation: int
+    recovered: str | None
+    """What was found of an earlier holder that had not let go, in a line."""
+    _lock: FileLock
+
+    def release(self) -> None:
+        """Let go; the generation stays taken."""
+        with contextlib.suppress(OSError):
+            Path(self._lock.lock_file).write_text("")
+        self._lock.release()
+
+
+def newest_generation(tickets: Path) -> int:
+    """The highest generation that was taken; 0 where there is none."""
+    try:
+        return max((int(name) for name in os.listdir(tickets) if name.isdigit()), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def take_generation(tickets: Path, holder: Holder) -> int:
+    """Take the next number. Raises StorageError where the folder can't be written."""
+    try:
+        tickets.mkdir(parents=True, exist_ok=True)
+        temporary = tickets / f".{os.getpid()}-{secrets.token_hex(4)}"
+        temporary.write_text(json.dumps({**asdict(holder), "t": time.time()}))
+        try:
+            while True:
+                number = newest_generation(tickets) + 1
+                try:
+                    os.link(temporary, tickets / f"{number:08d}")
+                    return number
+                except FileExistsError:
+                    continue
+        finally:
+            temporary.unlink()
+    except OSError as error:
+        raise StorageError(f"can't take a generation in {tickets}: {error.strerror}") from error
+
+
+def hold(folder: RunDir) -> Lease:
+    """Take the run: the lock, then the next generation.
+
+    Raises RunIsHeld where another live supervisor has it, StorageError where the folder refuses.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.lock, mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _read_holder(folder.lock)
+        raise RunIsHeld(
+            f"the run {folder.root} is held by {holder or 'another supervisor'}",
+            hint="wait for it to end, or give this run another folder with --run-dir",
+        ) from None
+    except OSError as error:
+        raise StorageError(f"can't lock {folder.lock}: {error.strerror}") from error
+    try:
+        before = _read_holder(folder.lock)
+        me = Holder.this_process()
+        generation = take_generation(folder.generations, me)
+        folder.lock.write_text(json.dumps(asdict(me)))
+    except BaseException:
+        lock.release()
+        raise
+    return Lease(generation, _recovery(before), lock)
+
+
+def _recovery(before: Holder | None) -> str | None:
+    if before is None:
+        return None
+    state = "which is gone" if before.is_dead() else "whose lock had lapsed"
+    return f"took over from {before}, {state}"
+
+
+def _read_holder(lock: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(lock.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(int(psutil.boot_time()))

@@ -1,0 +1,139 @@
+"""The manifest: what a checkpoint consists of, and who wrote it when. Parsed with limits, trusted for nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from elastic_fit.supervisor.errors import StorageError
+
+SCHEMA_VERSION = 1
+SUFFIX = ".manifest.json"
+MAX_BYTES = 16 << 20
+MAX_FILES = 200_000
+MAX_NAME = 1024
+
+
+class ManifestError(StorageError):
+    """A manifest is not one: torn, hostile, or of another schema."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    path: str
+    """Relative to the checkpoint, with ``/``; the empty string is the checkpoint itself, when it is a file."""
+    size: int
+    """Bytes."""
+    digest: str
+    """xxh3-128, 32 hex digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the writer knows about a checkpoint."""
+
+    step: int
+    """Optimizer steps completed."""
+    epoch: int = 0
+    samples: int | None = None
+    """Samples consumed over the whole run, where known."""
+    world_size: int = 1
+    strategy: str = ""
+    kind: str = "periodic"
+    """``periodic``, ``time``, ``epoch``, ``final``, ``stop``, ``emergency``, ``manual``, ..."""
+    reason: str = ""
+    run_id: str = ""
+    generation: int = 0
+    """Fencing number of the supervisor that wrote it."""
+    finite: bool | None = None
+    """False where parameters or optimizer state hold NaN or Inf: kept, never resumed from. None where unknown."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """JSON, for what others need to know, such as ``finished``."""
+
+    def __post_init__(self) -> None:
+        if self.step < 0 or self.generation < 0 or self.world_size < 1:
+            raise ValueError("step and generation must be >= 0 and world_size >= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Facts):
+    """The facts, and every file with its size and digest."""
+
+    files: tuple[FileEntry, ...]
+    is_folder: bool = False
+    created: float = field(default_factory=time.time)
+    """Seconds since the epoch, on the writer's clock; for people only, never for order."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What checkpoints are ordered by."""
+        return self.step, self.generation
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry.size for entry in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The text that is stored."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """From its text. Raises ManifestError for anything that isn't exactly a manifest."""
+        if len(data) > MAX_BYTES:
+            raise ManifestError(f"the manifest is larger than {MAX_BYTES} bytes")
+        try:
+            record = json.loads(data)
+            if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+                raise ManifestError("not a manifest of a schema that this version knows")
+            return _build(record)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ManifestError(f"the manifest can't be read: {type(error).__name__}: {error}") from error
+
+
+def _build(record: dict[str, Any]) -> Manifest:
+    entries = record["files"]
+    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_FILES:
+        raise ManifestError(f"the manifest must list between 1 and {MAX_FILES} files")
+    files = tuple(FileEntry(path=one["path"], size=one["size"], digest=one["digest"]) for one in entries)
+    for entry in files:
+        _check_entry(entry)
+    if len({entry.path for entry in files}) != len(files):
+        raise ManifestError("the manifest lists a file twice")
+    known = {name: record[name] for name in Manifest.__dataclass_fields__ if name in record}
+    for name, kind in (("step", int), ("epoch", int), ("generation", int), ("world_size", int), ("kind", str)):
+        if type(known[name]) is not kind:
+            raise ManifestError(f"{name} must be {kind.__name__}")
+    if known.get("finite") not in (None, True, False):
+        raise ManifestError("finite must be true, false or null")
+    return Manifest(**{**known, "files": files, "is_folder": bool(record.get("is_folder"))})
+
+
+def _check_entry(entry: FileEntry) -> None:
+    if type(entry.size) is not int or entry.size < 0:
+        raise ManifestError("a file's size must be a number >= 0")
+    if not isinstance(entry.digest, str) or len(entry.digest) != 32 or set(entry.digest) - set("0123456789abcdef"):
+        raise ManifestError("a file's digest must be 32 hex digits")
+    check_relative(entry.path)
+
+
+def check_relative(path: object) -> None:
+    """Raise ManifestError unless `path` stays below the checkpoint: relative, no ``..``, no control characters."""
+    if not isinstance(path, str) or len(path) > MAX_NAME:
+        raise ManifestError("a file's path must be a short text")
+    if path == "":
+        return
+    pure = PurePosixPath(path)
+    plain = str(pure) == path and path != "."
+    if pure.is_absolute() or ".." in pure.parts or not plain or any(ord(letter) < 32 for letter in path):
+        raise ManifestError(f"a file's path may not leave the checkpoint: {path!r}")

@@ -1,0 +1,97 @@
+"""Which checkpoints stay. Pure: policies over what is valid, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from elastic_fit.supervisor.store.folder import Checkpoint
+
+
+class Retention(Protocol):
+    """Says which checkpoints to keep."""
+
+    def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
+        """Names of those that stay, given the valid ones, newest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastN:
+    """The newest `count`."""
+
+    count: int
+
+    def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
+        """See `Retention`."""
+        return {one.path.name for one in valid[: self.count]}
+
+
+@dataclass(frozen=True, slots=True)
+class EverySteps:
+    """The first checkpoint of every window of so many optimizer steps."""
+
+    steps: int
+
+    def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
+        """See `Retention`."""
+        windows: dict[int, str] = {}
+        for one in valid:
+            windows[one.manifest.step // self.steps] = one.path.name
+        return set(windows.values())
+
+
+@dataclass(frozen=True, slots=True)
+class EveryHours:
+    """The first checkpoint of every window of so many hours."""
+
+    hours: float
+
+    def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
+        """See `Retention`."""
+        windows: dict[int, str] = {}
+        for one in sorted(valid, key=lambda one: one.manifest.created, reverse=True):
+            windows[int(one.manifest.created // (self.hours * 3600))] = one.path.name
+        return set(windows.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The best `count` by a metric of the manifest."""
+
+    metric: str
+    count: int
+    mode: str = "min"
+
+    def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
+        """See `Retention`."""
+        scored = [one for one in valid if self.metric in one.manifest.metrics]
+        ranked = sorted(scored, key=lambda one: one.manifest.metrics[self.metric], reverse=self.mode == "max")
+        return {one.path.name for one in ranked[: self.count]}
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """What at least one of several policies keeps."""
+
+    policies: tuple[Retention, ...]
+
+    def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
+        """See `Retention`."""
+        return set().union(*(policy.keep(valid) for policy in self.policies))
+
+
+def surplus(valid: Sequence[Checkpoint], policy: Retention, *, pinned: frozenset[str] = frozenset()) -> list[str]:
+    """Names to delete, oldest first.
+
+    Args:
+        valid: the valid checkpoints, newest first. Those that aren't valid are not counted and not touched.
+        policy: what stays.
+        pinned: what stays whatever the policy says, such as the checkpoint that the run resumed from.
+
+    The newest valid checkpoint always stays.
+    """
+    if not valid:
+        return []
+    stays = policy.keep(valid) | pinned | {valid[0].path.name}
+    return [one.path.name for one in reversed(valid) if one.path.name not in stays]
