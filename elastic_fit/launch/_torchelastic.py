@@ -70,7 +70,7 @@ class TorchelasticAgent(LocalElasticAgent):
     def wait_for_other_nodes(self) -> None:
         """Hold this node until the others have finished as well (not for long)."""
         if (self._worker_group.group_world_size or 0) > 1:
-            self._exit_barrier()
+            self._exit_barrier()  # type: ignore[no-untyped-call]
 
     def worker_environment(self, worker: Worker, attempt: int) -> dict[str, str]:
         """The variables that torchrun sets for a worker."""

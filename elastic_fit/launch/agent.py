@@ -333,9 +333,10 @@ class ElasticAgent(TorchelasticAgent):
 
     def _note_start(self, attempt: Attempt) -> None:
         """Every worker has done its first step: after a failure, say what it took to get here."""
+        boards = attempt.boards
+        self._fx.ledger.write("training", attempt=attempt.number, step=min(board[Word.STEP] for board in boards))
         if not self.restarts:
             return
-        boards = attempt.boards
         marks = self._marks
         first_step = max(board[Word.FIRST_STEP_NS] for board in boards)
         phases = [

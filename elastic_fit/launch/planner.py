@@ -83,13 +83,14 @@ class Planner:
             error_file=error_file,
         )
 
-    def _logs(self, attempt: int) -> Path:
+    @property
+    def logs_root(self) -> Path:
+        """Where the folders of logs are, one per attempt."""
         chosen = self._invocation.torchrun.log_dir
-        logs = (
-            Path(chosen).resolve() / f"{self._generation}-{attempt}"
-            if chosen
-            else self._folder.logs(self._generation, attempt)
-        )
+        return Path(chosen).resolve() if chosen else self._folder.logs
+
+    def _logs(self, attempt: int) -> Path:
+        logs = self.logs_root / f"{self._generation}-{attempt}"
         logs.mkdir(parents=True, exist_ok=True)
         return logs
 

@@ -10,7 +10,7 @@ from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import Checkpoint, CheckpointStore, Selection
+from elastic_fit.supervisor.store import Checkpoint, CheckpointStore, Rejected, Selection, newest_generation, verify
 
 if TYPE_CHECKING:
     from elastic_fit.launch.parser import Invocation
@@ -23,21 +23,24 @@ class ResumeChooser:
 
     Args:
         folder: the run's folder.
-        ledger: gets a ``resume`` event per fit, with every rejected candidate and its reason.
+        ledger: gets a ``resume`` event per fit, with every rejected candidate and its reason; None to leave no trace.
         invocation: may name a checkpoint to go on from (``--resume-from``), used until the run has one of its own.
     """
 
-    def __init__(self, folder: RunDir, ledger: Ledger, invocation: Invocation) -> None:
+    def __init__(self, folder: RunDir, ledger: Ledger | None, invocation: Invocation) -> None:
         self._folder = folder
         self._ledger = ledger
         self._invocation = invocation
+        self._explicit = invocation.resume_from.resolve() if invocation.resume_from else None
+        self._generation = newest_generation(folder.generations)
 
     def __call__(self) -> tuple[ResumePoint, ...]:
         """The points to go on from, by number of the fit.
 
         Raises NoValidCheckpoint where there are checkpoints and none of them can be used.
         """
-        return tuple(point for number in self._fits() if (point := self._choose(number)) is not None)
+        fits = sorted({*self._fits(), *([1] if self._explicit else [])})
+        return tuple(point for number in fits if (point := self._choose(number)) is not None)
 
     def _fits(self) -> list[int]:
         try:
@@ -48,18 +51,39 @@ class ResumeChooser:
 
     def _choose(self, fit: int) -> ResumePoint | None:
         selection = CheckpointStore(self._folder.fit(fit)).latest_valid()
-        rejected = [{"path": str(one.path), "why": one.why} for one in selection.rejected]
+        if self._explicit is not None and fit == 1:
+            selection = self._named(self._explicit, selection)
+        chosen = selection.chosen
+        self._note(fit, selection)
+        if chosen is None and selection.rejected:
+            raise _all_rejected(self._folder.fit(fit), selection)
+        return _point(fit, chosen) if chosen else None
+
+    def _named(self, path: Path, own: Selection) -> Selection:
+        """The checkpoint that was asked for, until the run has written one of a newer generation itself."""
+        verdict = verify(path)
+        if verdict.manifest is None or not (verdict.valid or self._invocation.force):
+            raise NoValidCheckpoint(
+                f"{path} can't be resumed from: {verdict.why}",
+                hint="--force takes a checkpoint that has a manifest but does not verify",
+            )
+        if own.chosen is not None and own.chosen.manifest.generation >= self._generation:
+            return own
+        rejected = () if verdict.valid else (Rejected(path=path, why=f"forced, although: {verdict.why}"),)
+        return Selection(chosen=Checkpoint(path=path, manifest=verdict.manifest), rejected=rejected)
+
+    def _note(self, fit: int, selection: Selection) -> None:
+        if self._ledger is None:
+            return
         chosen = selection.chosen
         self._ledger.write(
             "resume",
             fit=fit,
             path=str(chosen.path) if chosen else None,
             step=chosen.manifest.step if chosen else 0,
-            rejected=rejected,
+            generation_of_checkpoint=chosen.manifest.generation if chosen else None,
+            rejected=[{"path": str(one.path), "why": one.why} for one in selection.rejected],
         )
-        if chosen is None and rejected:
-            raise _all_rejected(self._folder.fit(fit), selection)
-        return _point(fit, chosen) if chosen else None
 
 
 def _point(fit: int, chosen: Checkpoint) -> ResumePoint:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from elastic_fit.launch.resume import ResumeChooser
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.ledger import Ledger
+from elastic_fit.supervisor.goodput import account
+from elastic_fit.supervisor.ledger import Ledger, read
 from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store import Lease, hold
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
     from elastic_fit.launch.agent import ElasticAgent
     from elastic_fit.launch.parser import Invocation
+    from elastic_fit.launch.planner import Planner
     from elastic_fit.launch.render import Console
     from elastic_fit.launch.signals import SignalLatch
+    from elastic_fit.supervisor.context import ResumePoint
 
 
 def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status:
@@ -34,6 +37,9 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     Raises the ElasticFitError family for what a person can mend before anything has started.
     """
     folder = RunDir(invocation.run_dir.resolve())
+    if invocation.dry_run:
+        console.plan(invocation, folder, _would_resume(invocation, folder))
+        return Status.FINISHED
     if invocation.fresh:
         console.set_aside(folder.set_aside())
     identity = folder.create(command=sys.argv)
@@ -42,6 +48,12 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
         return _Launch(invocation, console, nursery, folder, identity, lease).run()
     finally:
         lease.release()
+
+
+def _would_resume(invocation: Invocation, folder: RunDir) -> tuple[ResumePoint, ...]:
+    if invocation.fresh or not folder.root.exists():
+        return ()
+    return ResumeChooser(folder, None, invocation)()
 
 
 @dataclass(slots=True)
@@ -56,6 +68,7 @@ class _Launch:
     lease: Lease
 
     def run(self) -> Status:
+        from elastic_fit.launch.planner import Planner
         from elastic_fit.launch.signals import SignalLatch
 
         ledger = Ledger(self.folder.events, generation=self.lease.generation)
@@ -63,19 +76,30 @@ class _Launch:
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
         with SignalLatch() as latch:
             chooser = ResumeChooser(self.folder, ledger, self.invocation)
-            self.console.start(self.invocation, self.folder, self.lease, chooser())
+            resume = chooser()
+            planner = Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation)
+            self.console.start(self.invocation, self.folder, self.lease, resume, planner.logs_root)
             self.nursery.preload(self.invocation.preload)
-            agent = self._agent(ledger, chooser, latch)
+            agent = self._agent(ledger, chooser, latch, planner)
             agent.run()
-        self.console.finish(self.folder, agent.status)
+        result = account(read(self.folder.events))
+        ledger.write(
+            "finish",
+            code=int(agent.status),
+            steps=result.steps,
+            restarts=result.restarts,
+            repeated=result.repeated,
+            productive_share=round(result.productive_share, 4),
+        )
+        self.console.finish(agent.status, result)
         return agent.status
 
-    def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch) -> ElasticAgent:
+    def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch, planner: Planner) -> ElasticAgent:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
         from torch.distributed.run import determine_local_world_size
 
         from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
-        from elastic_fit.launch.planner import Planner, program_of
+        from elastic_fit.launch.planner import program_of
         from elastic_fit.supervisor.policy import RestartPolicy
 
         args = self.invocation.torchrun
@@ -95,7 +119,7 @@ class _Launch:
             ledger=ledger,
             observer=self.console,
             select_resume=chooser,
-            plan=Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation),
+            plan=planner,
         )
         return ElasticAgent(
             spec,

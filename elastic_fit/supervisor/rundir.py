@@ -50,9 +50,10 @@ class RunDir:
         """The folder of generation tickets, one file per fencing number."""
         return self.root / "generations"
 
-    def logs(self, generation: int, attempt: int) -> Path:
-        """The folder of one attempt's logs."""
-        return self.root / "logs" / f"{generation}-{attempt}"
+    @property
+    def logs(self) -> Path:
+        """The folder of logs: ``<generation>-<attempt>/rank<R>.{out,err}``."""
+        return self.root / "logs"
 
     def create(self, *, command: list[str]) -> Identity:
         """Make the folder, or take the one that is there; returns who the run is.

@@ -1,0 +1,51 @@
+"""The command ``elastic-fit``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from elastic_fit.launch.render import Console
+from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.exits import Exit as Status
+
+COMMANDS = ("run", "ls", "verify", "prune", "stop", "slurm", "diff")
+DEBUG_VARIABLE = "ELASTIC_FIT_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status.
+
+    The first argument is a subcommand, or else all of them belong to ``run``. Each command is a module of
+    `elastic_fit.launch.commands` with ``main(argv, console) -> int``, imported when it is asked for.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    try:
+        name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
+        command = importlib.import_module(f"elastic_fit.launch.commands.{name}")
+        return int(command.main(arguments, console))
+    except ElasticFitError as error:
+        console.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return Status.INTERRUPTED
+    except Exception:  # noqa: BLE001 - the last resort: our own bug, reported as such
+        return _report_bug(console)
+
+
+def _report_bug(console: Console) -> int:
+    if os.environ.get(DEBUG_VARIABLE):
+        raise
+    descriptor, name = tempfile.mkstemp(prefix="elastic-fit-bug-", suffix=".txt")
+    with os.fdopen(descriptor, "w") as file:
+        traceback.print_exc(file=file)
+    kind, error, _ = sys.exc_info()
+    console.line(f"error: this is a bug of elastic-fit: {kind.__name__ if kind else ''}: {error}", style="31")
+    console.line(f"hint: the traceback is in {Path(name)}; {DEBUG_VARIABLE}=1 shows it here")
+    return Status.INTERNAL

@@ -1,0 +1,237 @@
+"""The command line of ``elastic-fit run``: torchrun's flags, ours, and the script.
+
+Flags before the script are exactly torchrun's plus ours; whatever follows the script is the script's. With the script
+first, launcher flags are read after it as well, up to ``--``; what isn't ours goes to the script untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed.run import get_args_parser, parse_min_max_nnodes
+
+from elastic_fit.supervisor.context import Settings
+from elastic_fit.supervisor.errors import UsageError
+
+DEFAULT_MAX_RESTARTS = 3
+ENVIRONMENT_PREFIX = "ELASTIC_FIT_"
+_UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation:
+    """A parsed command line."""
+
+    torchrun: argparse.Namespace
+    """torchrun's own flags."""
+    script: str
+    script_args: tuple[str, ...]
+    module: bool
+    no_python: bool
+    run_dir: Path
+    fresh: bool
+    settings: Settings
+    max_restarts: int
+    warm: bool
+    preload: tuple[str, ...]
+    dry_run: bool
+    resume_from: Path | None
+    force: bool
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from ``90``, ``30s``, ``5m``, ``1.5h``. Raises argparse.ArgumentTypeError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 30s, 5m or 1h")
+    return float(found[1]) * _UNITS_S[found[2]]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint="elastic-fit --help lists all flags")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Torchrun's parser with our flags added to it."""
+    parser = get_args_parser()
+    parser.prog = "elastic-fit"
+    parser.usage = "elastic-fit [flags] SCRIPT [...]  |  elastic-fit SCRIPT [flags and the script's own arguments]"
+    parser.description = "Run a PyTorch Lightning script so that failures cost seconds and no work."
+    parser.allow_abbrev = False
+    parser.__class__ = _Parser
+    for action in parser._actions:
+        if action.dest == "max_restarts":
+            action.default = _from_environment("PET_MAX_RESTARTS", DEFAULT_MAX_RESTARTS)
+            action.help = "Failures in a row without progress that are answered with a restart (default 3)."
+    _add_ours(parser.add_argument_group("elastic-fit"))
+    return parser
+
+
+def _add_ours(group: argparse._ArgumentGroup) -> None:
+    def add(name: str, **options: object) -> None:
+        default = options.pop("default", None)
+        variable = ENVIRONMENT_PREFIX + name.strip("-").replace("-", "_").upper()
+        spellings = dict.fromkeys((name, "--" + name[2:].replace("-", "_")))
+        if options.get("action") == "store_true":
+            default = os.environ.get(variable, "") not in ("", "0")
+        elif variable in os.environ:
+            default = os.environ[variable]  # argparse converts a text default with `type`
+        group.add_argument(*spellings, default=default, **options)  # type: ignore[arg-type]
+
+    add("--run-dir", metavar="DIR", help="Folder of the run (default runs/<script's name>).")
+    add("--fresh", action="store_true", help="Start over; an existing run folder is moved aside, never deleted.")
+    add("--checkpoint-steps", type=_positive, metavar="N", help="Save every N optimizer steps.")
+    add("--checkpoint-interval", type=parse_duration, default="5m", metavar="TIME", help="Save every 30s, 5m, 1h.")
+    add("--keep", type=_positive, default=3, metavar="N", help="How many valid checkpoints stay (default 3).")
+    add("--grace", type=parse_duration, default="30", metavar="TIME", help="How long a stop may take (default 30s).")
+    add("--preload", default="", metavar="MODULES", help="Modules to import once, before workers are forked.")
+    add("--no-warm", action="store_true", help="Start every worker in a fresh interpreter.")
+    add("--global-batch-size", type=_positive, metavar="N", help="Keep this global batch whatever the world size.")
+    add("--resume-from", metavar="PATH", help="Go on from this checkpoint instead of the run's newest.")
+    add("--force", action="store_true", help="With --resume-from: take it although it does not verify.")
+    add("--reproducible", action="store_true", help="Derive random streams anew at each step: bit-exact rescues.")
+    add("--trace-steps", action="store_true", help="Leave an event per step for `elastic-fit diff`.")
+    add("--strict-data", action="store_true", help="Refuse data whose position can't be kept, instead of warning.")
+    add("--load-unsafe", action="store_true", help="Load checkpoints that hold more than tensors (may run code).")
+    add("--no-finite-check", action="store_true", help="Don't look for NaN and Inf before a save.")
+    add("--dry-run", action="store_true", help="Print what would run and from which checkpoint, and leave.")
+
+
+def parse(argv: Sequence[str]) -> Invocation:
+    """Parse what follows ``elastic-fit [run]``. Raises UsageError."""
+    parser = build_parser()
+    mine, script, rest = _split(list(argv), parser)
+    if script is None:
+        # Let argparse say what is wrong, or missing.
+        parsed = parser.parse_args(mine)
+        raise UsageError("no script to run", hint=f"elastic-fit train.py ({parsed})")
+    parsed = parser.parse_args([*mine, script])
+    return _checked(parsed, script, rest)
+
+
+def _split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], str | None, list[str]]:
+    """The launcher's arguments, the script, and the script's arguments."""
+    index, mine = 0, []
+    while index < len(argv) and argv[index].startswith("-") and argv[index] != "-":
+        if argv[index] == "--":
+            index += 1
+            break
+        taken = _take(argv, index, parser)
+        if taken == 0:
+            raise _unknown(argv[index], parser)
+        mine += argv[index : index + taken]
+        index += taken
+    if index >= len(argv):
+        return mine, None, []
+    script, rest = argv[index], argv[index + 1 :]
+    if mine:
+        return mine, script, rest
+    return _sift(rest, script, parser)
+
+
+def _sift(rest: list[str], script: str, parser: argparse.ArgumentParser) -> tuple[list[str], str, list[str]]:
+    """Script first: take the launcher's flags out of what follows, up to ``--``."""
+    mine: list[str] = []
+    script_args: list[str] = []
+    index = 0
+    while index < len(rest):
+        if rest[index] == "--":
+            script_args += rest[index + 1 :]
+            break
+        taken = _take(rest, index, parser) if rest[index].startswith("--") else 0
+        if taken:
+            mine += rest[index : index + taken]
+        else:
+            script_args.append(rest[index])
+        index += taken or 1
+    return mine, script, script_args
+
+
+def _take(argv: Sequence[str], index: int, parser: argparse.ArgumentParser) -> int:
+    """How many arguments the launcher's flag at `index` takes with it; 0 where it isn't one."""
+    name, has_value, _ = argv[index].partition("=")
+    action = parser._option_string_actions.get(name)
+    if action is None and not name.startswith("--") and len(name) > 2:
+        action, has_value = parser._option_string_actions.get(name[:2]), "="  # -t3
+    if action is None:
+        return 0
+    return 1 if has_value or action.nargs == 0 else 2
+
+
+def _unknown(flag: str, parser: argparse.ArgumentParser) -> UsageError:
+    name = flag.partition("=")[0]
+    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    hint = f"did you mean {close[0]}?" if close else "flags of the script go after it; elastic-fit --help lists ours"
+    return UsageError(f"unknown flag {name} before the script", hint=hint)
+
+
+def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invocation:
+    _check_nodes(parsed.nnodes)
+    if parsed.module and parsed.no_python:
+        raise UsageError("-m and --no-python exclude each other", hint="-m runs a Python module")
+    if not parsed.module and not parsed.no_python and not Path(script).is_file():
+        raise UsageError(f"there is no script {script}", hint="give the path of a Python file, or -m and a module")
+    if parsed.max_restarts < 0:
+        raise UsageError(f"--max-restarts {parsed.max_restarts} is below zero", hint="0 means no restart at all")
+    stem = script.replace(".", "_") if parsed.module else Path(script).stem
+    return Invocation(
+        torchrun=parsed,
+        script=script,
+        script_args=tuple(rest),
+        module=bool(parsed.module),
+        no_python=bool(parsed.no_python),
+        run_dir=Path(parsed.run_dir or Path("runs") / stem),
+        fresh=parsed.fresh,
+        settings=_settings(parsed),
+        max_restarts=parsed.max_restarts,
+        warm=not parsed.no_warm,
+        preload=tuple(name for name in parsed.preload.split(",") if name),
+        dry_run=parsed.dry_run,
+        resume_from=Path(parsed.resume_from) if parsed.resume_from else None,
+        force=parsed.force,
+    )
+
+
+def _settings(parsed: argparse.Namespace) -> Settings:
+    return Settings(
+        checkpoint_steps=parsed.checkpoint_steps,
+        checkpoint_interval_s=parsed.checkpoint_interval,
+        keep=parsed.keep,
+        grace_s=parsed.grace,
+        global_batch_size=parsed.global_batch_size,
+        finite_check=not parsed.no_finite_check,
+        reproducible=parsed.reproducible,
+        trace_steps=parsed.trace_steps,
+        strict_data=parsed.strict_data,
+        load_unsafe=parsed.load_unsafe,
+    )
+
+
+def _check_nodes(text: str) -> None:
+    try:
+        least, most = parse_min_max_nnodes(text)
+    except (ValueError, RuntimeError):
+        raise UsageError(f"--nnodes {text} is not a number or MIN:MAX", hint="for example --nnodes 1:4") from None
+    if not 0 < least <= most:
+        raise UsageError(f"--nnodes {text}: the minimum must be above zero and not above the maximum", hint="MIN:MAX")
+
+
+def _from_environment(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else default

@@ -1,0 +1,173 @@
+"""The only module that prints: rich on a terminal, plain lines elsewhere, JSON on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.exits import Exit as Status
+
+if TYPE_CHECKING:
+    from elastic_fit.launch.parser import Invocation
+    from elastic_fit.supervisor.context import ResumePoint
+    from elastic_fit.supervisor.goodput import Goodput
+    from elastic_fit.supervisor.policy import GiveUp, Restart, WorkerFailure
+    from elastic_fit.supervisor.rundir import RunDir
+    from elastic_fit.supervisor.store import Lease
+
+NAME = "elastic-fit"
+TRACEBACK_LINES = 40
+
+
+class Console:
+    """What a person reads. Everything goes to `err`, except data that was asked for, which goes to `out`.
+
+    Args:
+        out: data.
+        err: lines for people.
+    """
+
+    def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._is_terminal = self._err.isatty()
+        self._has_color = self._is_terminal and not os.environ.get("NO_COLOR")
+
+    # lines
+
+    def line(self, text: str, style: str = "") -> None:
+        """One line, on a fresh one: a progress bar that is being drawn is left as it stands above."""
+        start = "\r\x1b[K" if self._is_terminal else ""
+        head = f"\x1b[1;{style or '36'}m{NAME}\x1b[0m" if self._has_color else NAME
+        self._print(f"{start}{head}: {text}", file=self._err)
+
+    def error(self, error: ElasticFitError) -> None:
+        """What went wrong and what to do about it."""
+        self.line(f"error: {error.message}", style="31")
+        if error.hint:
+            self.line(f"hint: {error.hint}")
+
+    def _print(self, text: str, *, file: IO[str]) -> None:
+        try:
+            print(text, file=file, flush=True)
+        except BrokenPipeError:
+            return  # nobody is reading any more; the training goes on
+
+    # data
+
+    def data(self, record: Mapping[str, Any]) -> None:
+        """JSON on stdout."""
+        self._print(json.dumps(record, indent=2, default=str), file=self._out)
+
+    def text(self, text: str) -> None:
+        """Text on stdout, as it is."""
+        self._print(text.rstrip("\n"), file=self._out)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table on stdout: drawn on a terminal, tab-separated elsewhere."""
+        if self._out.isatty():
+            from rich.console import Console as Rich
+            from rich.table import Table
+
+            table = Table(*columns, box=None, header_style="bold")
+            for row in rows:
+                table.add_row(*row)
+            Rich(file=self._out).print(table)
+            return
+        for row in (columns, *rows):
+            self._print("\t".join(row), file=self._out)
+
+    # a run
+
+    def set_aside(self, folder: Path | None) -> None:
+        """`--fresh` has moved the old folder."""
+        if folder is not None:
+            self.line(f"starting over; the old run is kept in {folder}")
+
+    def start(
+        self, invocation: Invocation, folder: RunDir, lease: Lease, resume: Sequence[ResumePoint], shown: Path
+    ) -> None:
+        """The five lines at the start."""
+        if lease.recovered:
+            self.line(lease.recovered)
+        self.line(f"resume   {resume_text(resume)}")
+        self.line(f"budget   {invocation.max_restarts} restarts without progress, then the run ends")
+        self.line(f"store    {folder.checkpoints} (generation {lease.generation}, {save_text(invocation)})")
+        self.line(f"logs     {shown}")
+        self.line(f"watch    tail -f {folder.events}   elastic-fit ls {folder.root}")
+
+    def plan(self, invocation: Invocation, folder: RunDir, resume: Sequence[ResumePoint]) -> None:
+        """What `--dry-run` shows."""
+        kind = ["-m"] if invocation.module else []
+        command = shlex.join([*kind, invocation.script, *invocation.script_args])
+        self.line(f"would run  {command}")
+        args = invocation.torchrun
+        self.line(f"on         {args.nnodes} nodes, {args.nproc_per_node} workers each")
+        self.line(f"in         {folder.root}")
+        self.line(f"resume     {resume_text(resume)}")
+        self.line(f"saving     {save_text(invocation)}")
+
+    def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
+        """A worker has failed: root cause, decision, loss, hint."""
+        self.line(f"rank {root.rank} (pid {root.pid}) failed first: {root.cause}", style="31")
+        for text in root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
+            self._print(f"  {text}", file=self._err)
+        lost = max(0, reached - resume)
+        self.line(f"lost     {lost} optimizer steps (had reached {reached}, going on from {resume})")
+        self.line(f"decision {'restart' if hasattr(decision, 'backoff_s') else 'the run ends'}: {decision.why}")
+        hint = getattr(decision, "hint", "") or hint_for(root)
+        if hint:
+            self.line(f"hint     {hint}")
+
+    def stopping(self, name: str, grace_s: float) -> None:
+        """A signal asks the run to stop."""
+        again = "; press again to end at once" if name == "SIGINT" else ""
+        self.line(f"{name}: saving and stopping, at most {grace_s:.0f} s{again}", style="33")
+
+    def recovered(self, seconds: float, step: int) -> None:
+        """Training goes on after a failure."""
+        self.line(f"back at step {step}, {seconds:.2f} s after the failure", style="32")
+
+    def finish(self, status: Status, goodput: Goodput) -> None:
+        """The closing line."""
+        share = f"{goodput.productive_share:.1%}" if goodput.total_s else "-"
+        self.line(
+            f"{status.name.lower()} (exit {int(status)}): {goodput.steps} steps, {goodput.restarts} restarts, "
+            f"{goodput.repeated} steps repeated, {share} of the time productive"
+        )
+        for text in goodput.save_failures[-3:]:
+            self.line(f"a save failed: {text}", style="31")
+
+
+def resume_text(points: Sequence[ResumePoint]) -> str:
+    """Where the run goes on from, in a line."""
+    if not points:
+        return "none: starting at step 0"
+    newest = points[-1]
+    state = "finished" if newest.finished else newest.kind
+    several = f", fit {newest.fit} of the script" if newest.fit > 1 else ""
+    return f"step {newest.step} ({state}{several}) from {newest.path}"
+
+
+def save_text(invocation: Invocation) -> str:
+    """How often the run saves, in words."""
+    settings = invocation.settings
+    often = [f"every {settings.checkpoint_steps} steps"] if settings.checkpoint_steps else []
+    often += [f"every {settings.checkpoint_interval_s:g} s"] if settings.checkpoint_interval_s else []
+    return f"saving each epoch, {', '.join(often)}; the newest {settings.keep} stay"
+
+
+def hint_for(root: WorkerFailure) -> str:
+    """What a death by signal usually means."""
+    return {
+        "SIGKILL": "SIGKILL often is the kernel's out-of-memory killer: look at dmesg and at the cgroup's limit",
+        "SIGSEGV": "a segmentation fault: set PYTHONFAULTHANDLER=1 for a stack",
+        "SIGBUS": "SIGBUS often is a full /dev/shm: look at the size of shared memory",
+        "SIGABRT": "an abort in native code: its message is in the rank's .err log",
+    }.get(root.signal or "", "")

@@ -1,0 +1,100 @@
+"""Where the time went: from the ledger to productive, saving, lost, restarting and idle seconds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from elastic_fit.supervisor.ledger import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodput:
+    """A run's account, over all its generations. Times are seconds of wall clock."""
+
+    total_s: float = 0.0
+    """From each start to its end, summed; time between two commands is nobody's."""
+    saving_s: float = 0.0
+    """Training stood still for a checkpoint."""
+    restarting_s: float = 0.0
+    """From a failure to the first step after it, and from a start to its first step."""
+    lost_s: float = 0.0
+    """Spent on steps that had to be done again."""
+    steps: int = 0
+    """The highest optimizer step."""
+    restarts: int = 0
+    repeated: int = 0
+    """Optimizer steps that were done more than once."""
+    save_failures: tuple[str, ...] = ()
+
+    @property
+    def productive_s(self) -> float:
+        """What is left when all else is taken off."""
+        return max(0.0, self.total_s - self.saving_s - self.restarting_s - self.lost_s)
+
+    @property
+    def productive_share(self) -> float:
+        """Between 0 and 1; 0 where nothing has run."""
+        return self.productive_s / self.total_s if self.total_s else 0.0
+
+
+@dataclass(slots=True)
+class _Account:
+    began: float = 0.0
+    last: float = 0.0
+    total: float = 0.0
+    saving: float = 0.0
+    restarting: float = 0.0
+    lost: float = 0.0
+    steps: int = 0
+    restarts: int = 0
+    repeated: int = 0
+    trained_since: float = 0.0
+    trained_steps: int = 0
+    waiting_since: float = 0.0
+
+
+def account(events: Iterable[Event]) -> Goodput:
+    """Add up a ledger. Unknown events only move the clock."""
+    book = _Account()
+    failures = []
+    for event in events:
+        if event.event == "start":
+            book.total += book.last - book.began
+            book.began = book.waiting_since = event.t
+            book.trained_since = 0.0
+        book.last = max(book.last, event.t)
+        if event.event == "save":
+            book.saving += float(event.get("stall_s") or event.get("seconds") or 0.0)
+        elif event.event == "save_failed":
+            failures.append(f"{event.get('path')}: {event.get('error')}")
+        _note_training(book, event)
+        book.steps = max(book.steps, int(event.get("step") or 0))
+    return Goodput(
+        total_s=book.total + book.last - book.began,
+        saving_s=book.saving,
+        restarting_s=book.restarting,
+        lost_s=book.lost,
+        steps=book.steps,
+        restarts=book.restarts,
+        repeated=book.repeated,
+        save_failures=tuple(failures),
+    )
+
+
+def _note_training(book: _Account, event: Event) -> None:
+    if event.event == "training":
+        if book.waiting_since:
+            book.restarting += event.t - book.waiting_since
+        book.waiting_since = 0.0
+        book.trained_since, book.trained_steps = event.t, int(event.get("step") or 0)
+    elif event.event == "worker_exit" and event.get("code") not in (0, 75) and not book.waiting_since:
+        book.waiting_since = event.t
+    elif event.event == "steps_repeated":
+        steps = int(event.get("steps") or 0)
+        book.repeated += steps
+        done = int(event.get("to_step") or 0) - book.trained_steps
+        if steps and done > 0 and book.trained_since:
+            book.lost += (book.waiting_since - book.trained_since) * min(1.0, steps / done)
+    elif event.event == "decision" and event.get("action") == "restart":
+        book.restarts += 1
