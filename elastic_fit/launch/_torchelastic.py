@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import abc
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed import Store
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -67,6 +69,10 @@ class TorchelasticAgent(LocalElasticAgent):
         self._worker_group.state = WorkerState.HEALTHY
         return self._worker_group
 
+    def layout(self) -> Sequence[int]:
+        """Number of workers of every node, by node rank, where it is known without asking; else empty."""
+        return ()
+
     def wait_for_other_nodes(self) -> None:
         """Hold this node until the others have finished as well (not for long)."""
         if (self._worker_group.group_world_size or 0) > 1:
@@ -102,6 +108,26 @@ class TorchelasticAgent(LocalElasticAgent):
         return list(macros.substitute(args, str(local_rank)))
 
     # What the base class calls.
+
+    def _assign_worker_ranks(
+        self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        layout = self.layout()
+        if not layout:
+            workers: list[Worker] = super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
+            return workers
+        # The base would exchange these over the store, and hang there with a node that dies meanwhile.
+        first, world = sum(layout[:group_rank]), sum(layout)
+        return [
+            Worker(
+                local_rank=local,
+                global_rank=first + local,
+                role_rank=first + local,
+                world_size=world,
+                role_world_size=world,
+            )
+            for local in range(spec.local_world_size)
+        ]
 
     def _invoke_run(self, role: str = "default") -> RunResult:
         result = self.supervise()

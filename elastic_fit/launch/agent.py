@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch.distributed.elastic.agent.server.api import Worker, WorkerSpec
+from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup, WorkerSpec
 
 from elastic_fit.launch._torchelastic import Result, TorchelasticAgent
 from elastic_fit.launch.attempt import Attempt, Program, WorkerPlan
@@ -165,7 +165,11 @@ class ElasticAgent(TorchelasticAgent):
             return None
         started = fx.now_ns()
         self._resume = fx.select_resume()
-        group = self.form(number)
+        return self._fork(number, self.form(number), started)
+
+    def _fork(self, number: int, group: WorkerGroup, started: int) -> Attempt:
+        """The nodes have met: fork this node's workers."""
+        fx = self._fx
         self._marks.met_ns = fx.now_ns()
         fx.ledger.write(
             "rendezvous",
@@ -203,6 +207,7 @@ class ElasticAgent(TorchelasticAgent):
                 self._note_start(attempt)
             if attempt.first_exit_ns and not ending_ns:
                 ending_ns = self._release_survivors(attempt)
+            ending_ns = self._note_others(attempt, ending_ns)
             if ending_ns and self._is_over(attempt, ending_ns):
                 attempt.kill()
             if self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns:
@@ -215,7 +220,15 @@ class ElasticAgent(TorchelasticAgent):
         for deadline in (ending_ns, self._stop.deadline_ns if self._stop else 0):
             if deadline:
                 timeout = min(timeout, max(0.01, (deadline - self._fx.now_ns()) / 1e9))
-        select.select([self._fx.nursery.fileno(), self._fx.latch.fileno()], [], [], timeout)
+        select.select([self._fx.nursery.fileno(), self._fx.latch.fileno(), *self._others()], [], [], timeout)
+
+    def _others(self) -> list[int]:
+        """Descriptors that are readable when there is news of other nodes."""
+        return []
+
+    def _note_others(self, attempt: Attempt, ending_ns: int) -> int:
+        """Hear of other nodes, and act on it; returns when the workers' time is up, 0 while they are to train."""
+        return ending_ns
 
     # signals and stops
 

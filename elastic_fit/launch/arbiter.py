@@ -55,6 +55,7 @@ class FolderArbiter:
     def __init__(self, root: Path) -> None:
         self._rosters = root / "rosters"
         self._nodes = root / "nodes"
+        self._newest: tuple[int, bytes] | None = None
 
     def read(self) -> tuple[int, bytes] | None:
         """See `Arbiter`."""
@@ -63,8 +64,11 @@ class FolderArbiter:
                 newest = max(self._versions(), default=0)
                 if not newest:
                     return None
+                if self._newest is not None and self._newest[0] == newest:
+                    return self._newest
                 try:
-                    return newest, self._file(newest).read_bytes()
+                    self._newest = newest, self._file(newest).read_bytes()
+                    return self._newest
                 except FileNotFoundError:
                     continue  # pruned since: then there are newer ones
 

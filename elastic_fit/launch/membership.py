@@ -1,14 +1,34 @@
-"""What the agent knows of the other nodes: the interface between its loop and whoever keeps the membership."""
+"""The rendezvous of several nodes: who is in, where they meet, and what the agent hears of it meanwhile.
+
+A `RendezvousHandler` for torchelastic whose rounds are decided in `elastic_fit.supervisor.membership`. Every round has
+a store of its own, served by the agent that formed it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
 
-from torch.distributed.elastic.rendezvous.api import RendezvousInfo
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
 
-from elastic_fit.supervisor.roster import Cause
+from elastic_fit.launch.keeper import Keeper
+from elastic_fit.launch.rendezvous import STORE_TIMEOUT
+from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.membership import End, Form, Train, Wait
+from elastic_fit.supervisor.roster import Cause, Phase, Roster
+
+MEETING_TIMEOUT = timedelta(seconds=5)
+"""How long a node tries to reach a new round's store before it says that the round has failed."""
+ANSWER_S = 30.0
+"""How long a leader waits for the arbiter's answer before it looks at the situation anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +55,31 @@ class Report:
     reached_step: int = 0
     failures: Sequence[Mapping[str, Any]] = ()
     """The failed workers as JSON records."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    """The node's name; filled in on the way."""
+    round: int = 0
+    """The round that has ended; filled in on the way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What the leader judges by."""
+
+    generation: int
+    """The new one; its ticket is taken."""
+    cause: Cause
+    """Why the last round has ended."""
+    note: Mapping[str, Any]
+    reports: Sequence[Report]
+    """Of those who are here."""
+    gone: Sequence[str]
+    """Names of the last round's members that are not here."""
+    members: Sequence[str]
+    """Names of the new round's members, by rank."""
+    previous: Sequence[str]
+    """Names of the last round's members."""
+    facts: Mapping[str, Any]
+    """The last round's decision; empty at the start of a job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,28 +93,279 @@ class Verdict:
     """JSON: resume points, attempt, budget, history. All nodes read the same."""
 
 
-class Membership(Protocol):
-    """A RendezvousHandler that also speaks of losses. One node alone needs none of it (SoloRendezvous)."""
+class JobClosed(RendezvousClosedError):
+    """The job has ended, for all nodes alike."""
 
-    generation: int
-    """The fencing number of the current round."""
-    decision: Mapping[str, Any]
-    """`Verdict.facts` of the current round."""
+    def __init__(self, decision: Mapping[str, Any]) -> None:
+        super().__init__(str(decision.get("why", "the job is closed")))
+        self.decision = decision
 
-    def lead(self, judge: Callable[[int, Sequence[Report]], Verdict]) -> None:
-        """Set what decides when this node leads: called with the new generation (already taken) and all reports."""
+    @property
+    def status(self) -> int:
+        """What every node's command ends with."""
+        return int(self.decision.get("status", 1))
 
-    def report(self, report: Report) -> None:
-        """This node's workers have ended. Then call `next_rendezvous`."""
+
+class NodeRefused(ElasticFitError):
+    """This node can't be part of the job that it wants to join."""
+
+
+class ElasticRendezvous(RendezvousHandler):
+    """Meets the other nodes, round after round.
+
+    Args:
+        keeper: keeps this node's place; closed by `shutdown`.
+        run_id: the job's id.
+        backend: name under which the user asked for it.
+        newest_generation: the highest fencing number taken so far.
+        take_generation: publish a fencing number, so that commits under older ones are refused.
+        idle: called about once a second while waiting, with what is waited for; may raise to end the wait.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        run_id: str,
+        *,
+        backend: str = "elastic-fit",
+        newest_generation: Callable[[], int],
+        take_generation: Callable[[int], None],
+        idle: Callable[[str], None] | None = None,
+    ) -> None:
+        self._keeper = keeper
+        self._run_id = run_id
+        self._backend = backend
+        self._newest_generation = newest_generation
+        self._take_generation = take_generation
+        self._judge: Callable[[Gathered], Verdict] | None = None
+        self._store: TCPStore | None = None
+        self._hosted: tuple[int, TCPStore] | None = None
+        self._round = 0
+        self.idle = idle
+        self.roster: Roster | None = None
+        """The round that this node is in."""
+
+    # torchelastic's side
+
+    def get_backend(self) -> str:
+        """Name of this rendezvous."""
+        return self._backend
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers connect to the store that the leading agent serves."""
+        return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait to be part of the next round. Raises JobClosed with the verdict when there is none."""
+        """Wait to be part of the next round.
+
+        Raises JobClosed where there is none, NodeRefused where this node can't be in it, and what `idle` raises.
+        """
+        keeper = self._keeper
+        self._set(training=0, ready=True)
+        tried = 0
+        try:
+            while True:
+                move, roster = self._await(tried)
+                if isinstance(move, Form):
+                    tried = self._form(move, roster)
+                    continue
+                keeper.enter(roster.round)
+                self._round = roster.round
+                info = self._enter(roster)
+                if info is not None:
+                    return info
+                self._set(training=0, ready=True)
+        finally:
+            with keeper.changed:
+                keeper.ready = False
+
+    def is_closed(self) -> bool:
+        """Whether the job has ended."""
+        return isinstance(self._keeper.move, End)
+
+    def set_closed(self) -> None:
+        """Nothing: jobs are closed by the verdict of a round's leader."""
+
+    def num_nodes_waiting(self) -> int:
+        """How many changes wait to be looked at (torchelastic's own loop would ask; ours calls `change`)."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """The job's id."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """Leave the job."""
+        self._keeper.close()
+        self._store, self._hosted = None, None
+        return True
+
+    # the agent's side
+
+    @property
+    def decision(self) -> Mapping[str, Any]:
+        """`Verdict.facts` of the current round, the same on all nodes."""
+        return self.roster.decision if self.roster is not None else {}
+
+    @property
+    def generation(self) -> int:
+        """The fencing number of the current round; 0 before the first."""
+        return self.roster.generation if self.roster is not None else 0
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Number of workers of each node of the current round, by node rank."""
+        return tuple(member.workers for member in self.roster.members) if self.roster is not None else ()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node formed the current round."""
+        return self.roster is not None and self.roster.leader == self._keeper.me.node
+
+    def lead(self, judge: Callable[[Gathered], Verdict]) -> None:
+        """Set what decides how to go on when this node forms a round."""
+        self._judge = judge
+
+    def report(self, report: Report) -> None:
+        """Say how this node's part of the round has ended. Then call `next_rendezvous`."""
+        record = {**asdict(report), "cause": int(report.cause), "name": self._keeper.me.name, "round": self._round}
+        self._set(training=0, report=record)
 
     def fileno(self) -> int:
         """Readable when `change` has news."""
+        return self._keeper.news_r
 
     def change(self) -> Change | None:
         """Whether the current round is over, and why. Each change is told once; a graver one may follow."""
+        keeper = self._keeper
+        if keeper.failure is not None:
+            raise keeper.failure
+        order = keeper.take_release()
+        if order is None:
+            return None
+        if order.cause is None:
+            return Change(cause=None, why=getattr(keeper.move, "why", "") or "the job goes on without this node")
+        roster = keeper.roster
+        assert roster is not None
+        left = roster.note.get("deadline_s") if order.cause is Cause.STOP else None
+        return Change(cause=order.cause, why=_why(roster), deadline_s=left)
 
     def ask_stop(self, why: str, deadline_s: float) -> None:
         """Ask all nodes to stop and save."""
+        self._set(stop={"why": why, "deadline_s": deadline_s})
+
+    # the rounds
+
+    def _set(self, **wishes: Any) -> None:
+        with self._keeper.changed:
+            for name, value in wishes.items():
+                setattr(self._keeper, name, value)
+        self._keeper.wake()
+
+    def _await(self, tried: int) -> tuple[Form | Train, Roster]:
+        """Wait until there is a round to enter or to form; a roster of version `tried` was tried to be formed."""
+        keeper = self._keeper
+        while True:
+            with keeper.changed:
+                if keeper.failure is not None:
+                    raise keeper.failure
+                if keeper.refused is not None:
+                    raise NodeRefused(keeper.refused, hint="every node needs the same versions, script and run folder")
+                move, roster = keeper.move, keeper.roster
+                if isinstance(move, End):
+                    raise JobClosed(roster.decision if roster is not None else {})
+                if roster is not None and isinstance(move, Train) and roster.round > self._round:
+                    return move, roster
+                if roster is not None and isinstance(move, Form) and roster.version > tried:
+                    return move, roster
+                keeper.changed.wait(0.5)
+            if self.idle is not None:
+                self.idle(move.why if isinstance(move, Wait) else "")
+
+    def _form(self, move: Form, roster: Roster) -> int:
+        """Form the next round; returns the version that was tried.
+
+        The seal comes first: only who is still the leader by then may take the generation's ticket, so that a leader
+        that was superseded never fences off its successor.
+        """
+        keeper = self._keeper
+        generation = max(roster.generation, self._newest_generation()) + 1
+        sealed = roster.after(generation=generation)
+        if not keeper.store(sealed, ANSWER_S):
+            return roster.version
+        self._take_generation(generation)
+        verdict = self._judge(self._gathered(move, sealed)) if self._judge else Verdict(goes_on=True)
+        facts = dict(verdict.facts)
+        if not verdict.goes_on:
+            closed = sealed.after(phase=Phase.CLOSED, decision={**facts, "status": verdict.status})
+            keeper.store(closed, ANSWER_S)
+            return sealed.version
+        store = _serve()
+        self._hosted = (sealed.round, store)
+        formed = sealed.after(
+            phase=Phase.RUNNING,
+            members=move.members,
+            leading=keeper.me,
+            lost=(),
+            flaps=dict(move.flaps),
+            decision={**facts, "store": [keeper.me.address, store.port], "gone": list(move.gone)},
+        )
+        keeper.store(formed, ANSWER_S)
+        return sealed.version
+
+    def _gathered(self, move: Form, sealed: Roster) -> Gathered:
+        reports = [
+            Report(**{**record, "cause": Cause(record["cause"]), "codes": _by_rank(record["codes"])})
+            for record in self._keeper.reports()
+        ]
+        return Gathered(
+            generation=sealed.generation,
+            cause=sealed.cause,
+            note=sealed.note,
+            reports=reports,
+            gone=move.gone,
+            members=[member.name for member in move.members],
+            previous=[member.name for member in sealed.members],
+            facts=sealed.decision,
+        )
+
+    def _enter(self, roster: Roster) -> RendezvousInfo | None:
+        """Meet the others in the round's store; None where it can't be reached, which has been reported then."""
+        address, port = roster.decision["store"]
+        self.roster = roster
+        rank = roster.rank(self._keeper.me.node)
+        try:
+            if self._hosted is not None and self._hosted[0] == roster.round and roster.leader == self._keeper.me.node:
+                self._store = self._hosted[1]
+            else:
+                self._hosted = None
+                self._store = TCPStore(address, int(port), is_master=False, timeout=MEETING_TIMEOUT)
+                self._store.set_timeout(STORE_TIMEOUT)
+        except RuntimeError:
+            self.report(Report(cause=Cause.FAILED))
+            return None
+        return RendezvousInfo(self._store, rank, len(roster.members), RendezvousStoreInfo(address, int(port)))
+
+
+def _serve() -> TCPStore:
+    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+
+
+def _by_rank(codes: Mapping[Any, int]) -> dict[int, int]:
+    return {int(rank): code for rank, code in codes.items()}
+
+
+def _why(roster: Roster) -> str:
+    leader = roster.leading.name if roster.leading is not None else roster.leader
+    names = {member.node: member.name for member in roster.members}
+    if roster.cause is Cause.LOST:
+        return f"{leader} misses {', '.join(names.get(node, node) for node in roster.lost)}"
+    if roster.cause is Cause.STOP:
+        return str(roster.note.get("why", "a stop was asked for"))
+    told = {
+        Cause.JOIN: "a node wants to join",
+        Cause.FAILED: f"a worker failed on {leader}",
+        Cause.FINISHED: f"{leader} has finished",
+    }
+    return told.get(roster.cause, "the job starts")

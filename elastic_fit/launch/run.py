@@ -40,6 +40,10 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     if invocation.dry_run:
         console.plan(invocation, folder, _would_resume(invocation, folder))
         return Status.FINISHED
+    if _has_several_nodes(invocation):
+        from elastic_fit.launch.nodes import launch_node
+
+        return launch_node(invocation, console, nursery)
     if invocation.fresh:
         console.set_aside(folder.set_aside())
     identity = folder.create(command=sys.argv)
@@ -48,6 +52,13 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
         return _Launch(invocation, console, nursery, folder, identity, lease).run()
     finally:
         lease.release()
+
+
+def _has_several_nodes(invocation: Invocation) -> bool:
+    """Whether more than one node may take part: then membership holds the run, and no lock does."""
+    from torch.distributed.run import parse_min_max_nnodes
+
+    return parse_min_max_nnodes(invocation.torchrun.nnodes)[1] > 1 and not invocation.torchrun.standalone
 
 
 def _would_resume(invocation: Invocation, folder: RunDir) -> tuple[ResumePoint, ...]:

@@ -69,7 +69,7 @@ class Peer:
     beat_age_s: float | None = None
     """How long its counter in the arbiter has stood still; None where that was not looked at."""
     ready_for: int | None = None
-    """The round that it can go into: it has no workers running. A newcomer is ready for any (-1)."""
+    """The round that it can go into: it waits and has no workers running. See `next_round`."""
     waited_s: float = 0.0
     """Since it said that it is ready."""
     reaches_arbiter: bool = True
@@ -79,7 +79,7 @@ class Peer:
 
     def is_ready(self, round_: int) -> bool:
         """Whether it can go into that round."""
-        return self.up and self.refusal is None and self.ready_for in (round_, -1)
+        return self.up and self.refusal is None and self.ready_for == round_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +101,8 @@ class View:
     """Whether this node's agent waits for a round and has no workers running."""
     report: Cause | None = None
     """How this node's part of the current round has ended, if it has."""
-    stop: bool = False
-    """Whether somebody has asked this node for a stop of the job."""
+    stop: Mapping[str, object] | None = None
+    """The stop that somebody has asked this node for: its reason and the seconds it leaves."""
     lasted_s: float = 0.0
     """How long the last round lasted, as far as this node was part of it."""
     told_version: int = 0
@@ -197,6 +197,13 @@ def linked(rank: int, size: int) -> frozenset[int]:
     return frozenset((rank + sign * step) % size for step in steps for sign in (1, -1)) - {rank}
 
 
+def next_round(roster: Roster | None) -> int:
+    """The round that a node without workers is ready for, going by the roster it knows."""
+    if roster is None:
+        return 1
+    return roster.round if roster.phase is Phase.GATHERING else roster.round + 1
+
+
 def contacts(roster: Roster | None, me: str, gone: Iterable[str] = ()) -> tuple[Profile, ...]:
     """The nodes that `me` should have a link with."""
     if roster is None or roster.phase is Phase.CLOSED:
@@ -227,11 +234,16 @@ def _doors(roster: Roster, gone: Iterable[str] = ()) -> list[Profile]:
 
 def _is_cut_off(view: View) -> bool:
     """Whether the arbiter is out of reach of this node, and not simply down for everybody that it hears."""
-    if view.arbiter_age_s < view.bounds.fence_s:
+    bounds, roster = view.bounds, view.roster
+    if view.arbiter_age_s < bounds.fence_s:
         return False
-    near = [peer for peer in view.peers.values() if view.roster is not None and view.roster.seats(peer.profile.node)]
-    all_as_blind = bool(near) and all(peer.up and not peer.reaches_arbiter for peer in near)
-    return not all_as_blind or view.roster is None or view.told_version > view.roster.version
+    near = [peer for peer in view.peers.values() if roster is not None and roster.seats(peer.profile.node)]
+    if roster is None or not near or view.told_version > roster.version:
+        return True
+    if any(peer.quiet_s >= bounds.fence_s or not peer.up for peer in near):
+        return True
+    # All are linked, so no other round can form behind this node's back: a short outage is nobody's loss.
+    return view.arbiter_age_s >= 2 * bounds.silence_s and any(peer.reaches_arbiter for peer in near)
 
 
 def _opening(view: View, version: int, round_: int, generation: int) -> Roster:
@@ -253,6 +265,7 @@ def _call(view: View, roster: Roster, cause: Cause, lost: Iterable[str] = ()) ->
         leading=view.me,
         cause=cause,
         lost=tuple(lost),
+        note=dict(view.stop or {}) if cause is Cause.STOP else {},
         round=roster.round + 1,
     )
     return Propose(roster=proposal)
@@ -266,7 +279,7 @@ def _gone_members(view: View, roster: Roster) -> list[str]:
         if roster.seats(peer.profile.node)
         and peer.profile.node not in roster.lost
         and is_gone(peer, view.bounds)
-        and not peer.is_ready(roster.round)
+        and not peer.is_ready(next_round(roster))
     ]
 
 
@@ -283,7 +296,7 @@ def _run(view: View, roster: Roster) -> Move:
             return _call(view, roster, Cause.LOST, gone)
     if view.report is not None:
         return _call(view, roster, view.report)
-    if view.stop:
+    if view.stop is not None:
         return _call(view, roster, Cause.STOP)
     if len(roster.members) < view.bounds.most and _newcomers_due(view, roster):
         return _call(view, roster, Cause.JOIN)
@@ -301,7 +314,7 @@ def _newcomers(view: View, roster: Roster) -> list[Peer]:
         peer
         for peer in view.peers.values()
         if not roster.seats(peer.profile.node)
-        and peer.is_ready(roster.round)
+        and peer.is_ready(next_round(roster))
         and peer.waited_s >= put_off_s(roster.flaps.get(peer.profile.name, 0))
     ]
     return sorted(found, key=lambda peer: (-peer.waited_s, peer.profile.node))
@@ -355,12 +368,13 @@ def _graver(view: View, roster: Roster) -> Propose | None:
         roster.cause,
         view.report if view.report is not None else roster.cause,
         Cause.LOST if gone else roster.cause,
-        Cause.STOP if view.stop else roster.cause,
+        Cause.STOP if view.stop is not None else roster.cause,
     )
     # A leader that can't be reached is the others' business as well: they take over, see `_gather`.
     if cause is roster.cause or gone == [roster.leader]:
         return None
-    return Propose(roster=roster.after(cause=cause, lost=tuple(dict.fromkeys((*roster.lost, *gone)))))
+    note = dict(view.stop or {}) if cause is Cause.STOP else roster.note
+    return Propose(roster=roster.after(cause=cause, note=note, lost=tuple(dict.fromkeys((*roster.lost, *gone)))))
 
 
 def _lead(view: View, roster: Roster) -> Move:
@@ -384,6 +398,8 @@ def _lead(view: View, roster: Roster) -> Move:
     if roster.cause is Cause.START and len(present) < bounds.most and min(latest, view.phase_s) < bounds.gather_s:
         return Wait(why=f"{len(present)} nodes are here, others may come")
     members = seat(roster.members, present, bounds.most)
+    if all(member.node != view.me.node for member in members):
+        members = (*members[:-1], view.me)  # the leader serves the round's store: it has a seat
     seated = {member.node for member in members}
     gone = tuple(member.name for member in roster.members if member.node not in seated)
     flaps = count_flaps(roster.flaps, gone, lasted_s=view.lasted_s, settled_s=bounds.settled_s)

@@ -87,6 +87,8 @@ class Roster:
     cause: Cause = Cause.START
     lost: tuple[str, ...] = ()
     """Nodes that the gathering doesn't wait for."""
+    note: Mapping[str, Any] = field(default_factory=dict)
+    """What there is to say about a gathering: the reason for a stop and the seconds it leaves."""
     flaps: Mapping[str, int] = field(default_factory=dict)
     """By name: how often in a row a node was lost soon after it had come."""
     decision: Mapping[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from elastic_fit.supervisor.membership import (
     contacts,
     decide,
     is_gone,
+    next_round,
     release,
 )
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster
@@ -88,12 +89,7 @@ class Host:
 
     @property
     def ready_for(self) -> int | None:
-        if self.training:
-            return None
-        roster = self.roster
-        if roster is not None and roster.phase is Phase.GATHERING and roster.seats(self.node):
-            return roster.round
-        return -1
+        return None if self.training else next_round(self.roster)
 
     # one tick
 
@@ -143,8 +139,9 @@ class Host:
         heard.refused = connected and (other is None or not other.alive or other.ended)
         if connected and other is not None and other.alive and not other.paused and not other.ended:
             heard.up, heard.last = True, world.now
-            if other.ready_for != heard.ready_for:
-                heard.ready_for, heard.ready_since = other.ready_for, world.now
+            if heard.ready_for is None and other.ready_for is not None:
+                heard.ready_since = world.now
+            heard.ready_for = other.ready_for
         elif heard.refused or world.now - heard.last > world.bounds.silence_s:
             heard.up = False
         if other is not None and self.node not in world.blind and other.counter != heard.counter:
@@ -173,6 +170,9 @@ class Host:
             ready=not self.training,
             report=self.report,
             lasted_s=10.0,
+            told_version=max(
+                (self.world.version_of(name) for name, heard in self.heard.items() if heard.up), default=0
+            ),
         )
 
     def _peer(self, name: str, heard: Heard) -> Peer:
@@ -262,6 +262,10 @@ class World:
 
     def connected(self, a: str, b: str) -> bool:
         return frozenset((self.profiles[a].name, self.profiles[b].name)) not in self.cut
+
+    def version_of(self, node: str) -> int:
+        roster = self.hosts[node].roster if node in self.hosts else None
+        return roster.version if roster else 0
 
     def note_dials(self, node: str, wanted: set[str]) -> None:
         before = self._dials.get(node, set())

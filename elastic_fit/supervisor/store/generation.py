@@ -119,6 +119,24 @@ def take_generation(tickets: Path, holder: Holder) -> int:
         raise StorageError(f"can't take a generation in {tickets}: {error.strerror}") from error
 
 
+def publish_generation(tickets: Path, number: int, holder: Holder) -> None:
+    """Take a number that the nodes of a job have agreed on. Raises StorageError where the folder can't be written.
+
+    A number that is there already, or lower than the newest, changes nothing: only the highest counts.
+    """
+    try:
+        tickets.mkdir(parents=True, exist_ok=True)
+        temporary = tickets / f".{os.getpid()}-{secrets.token_hex(4)}"
+        temporary.write_text(json.dumps({**asdict(holder), "t": time.time()}))
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, tickets / f"{number:08d}")
+        finally:
+            temporary.unlink()
+    except OSError as error:
+        raise StorageError(f"can't take generation {number} in {tickets}: {error.strerror}") from error
+
+
 def hold(folder: RunDir) -> Lease:
     """Take the run: the lock, then the next generation.
 

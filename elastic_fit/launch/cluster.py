@@ -1,0 +1,296 @@
+"""The agent of one node among several: every round is decided by one node and followed by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+
+from elastic_fit.launch._torchelastic import Result
+from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
+from elastic_fit.launch.attempt import Attempt, Program
+from elastic_fit.launch.membership import (
+    Change,
+    ElasticRendezvous,
+    Gathered,
+    JobClosed,
+    Report,
+    Verdict,
+)
+from elastic_fit.supervisor.board import StopMode
+from elastic_fit.supervisor.context import ResumePoint
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.policy import (
+    Failure,
+    GiveUp,
+    History,
+    Restart,
+    RestartPolicy,
+    WorkerFailure,
+    decide,
+    root_cause,
+)
+from elastic_fit.supervisor.roster import Cause
+
+
+class StoppedWaiting(Exception):
+    """A signal has ended this node's wait for a round."""
+
+
+class ClusterAgent(ElasticAgent):
+    """Runs this node's part of a job of several nodes.
+
+    The leader of a round decides for all: resume point, attempt, what a failure means, whether the job ends. The
+    others read it with the roster and do, and print, the same.
+
+    Args:
+        rendezvous: the members' meeting place, the same object as the spec's handler.
+        waiting: told, about once a second, what this node waits for.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        program: Program,
+        effects: Effects,
+        rendezvous: ElasticRendezvous,
+        *,
+        policy: RestartPolicy,
+        limits: Limits,
+        waiting: Callable[[str], None],
+    ) -> None:
+        super().__init__(spec, program, effects, policy=policy, limits=limits)
+        self._rendezvous_of_nodes = rendezvous
+        self._waiting = waiting
+        self._ended_for: Change | None = None
+        self._unbound = effects.ledger
+        rendezvous.lead(self._lead_round)
+        rendezvous.idle = self._while_waiting
+
+    # the life of the job on this node
+
+    def supervise(self) -> Result:
+        """Take part in round after round until the job is closed."""
+        while True:
+            attempt = self._join_round()
+            if isinstance(attempt, Result):
+                return attempt
+            self._follow(attempt)
+            self._rendezvous_of_nodes.report(self._report(attempt))
+            attempt.finish()
+
+    def _join_round(self) -> Attempt | Result:
+        fx = self._fx
+        fx.nursery.ready()
+        self._ended_for = None
+        started = fx.now_ns()
+        try:
+            group = self.form(self.restarts)
+        except JobClosed as end:
+            return self._closed(end)
+        except StoppedWaiting:
+            return self._ended_by_stop(saved=False)
+        facts = self._rendezvous_of_nodes.decision
+        generation = self._rendezvous_of_nodes.generation
+        self._fx = fx = replace(fx, ledger=self._unbound.bind(generation=generation))
+        self.restarts = int(facts["restarts"])
+        self._resume = tuple(ResumePoint(**point) for point in facts["resume"])
+        self._check_resume_is_visible()
+        self._tell_failure(facts)
+        return self._fork(int(facts["attempt"]), group, started)
+
+    def _check_resume_is_visible(self) -> None:
+        for point in self._resume:
+            if not point_exists(point):
+                raise StorageError(
+                    f"this node can't see the checkpoint that the job goes on from: {point.path}",
+                    hint="all nodes of a job need the same run folder on a shared file system",
+                )
+
+    def layout(self) -> Sequence[int]:
+        """Number of workers of every node, from the roster."""
+        return self._rendezvous_of_nodes.layout
+
+    def wait_for_other_nodes(self) -> None:
+        """Nothing: the job is closed only when all nodes have reported."""
+
+    def _while_waiting(self, why: str) -> None:
+        self._note_signals()
+        if self._stop is not None and self._attempt is None:
+            raise StoppedWaiting
+        self._waiting(why)
+
+    def _closed(self, end: JobClosed) -> Result:
+        self.status = Status(end.status)
+        self._tell_failure(end.decision)
+        self._fx.ledger.write("stopped" if self.status != Status.FINISHED else "closed", code=int(self.status))
+        return Result(succeeded=self.status == Status.FINISHED, stopped=self.status != Status.FAILED)
+
+    def _tell_failure(self, facts: Mapping[str, Any]) -> None:
+        told = facts.get("failure")
+        if not told:
+            return
+        decision = GiveUp(**told["decision"]) if told["gives_up"] else Restart(**told["decision"])
+        root = _failure(told["root"])
+        self._fx.observer.failed(root, decision, reached=told["reached"], resume=told["resume"])
+
+    # what ends a round
+
+    def _others(self) -> list[int]:
+        return [self._rendezvous_of_nodes.fileno()]
+
+    def _note_others(self, attempt: Attempt, ending_ns: int) -> int:
+        change = self._rendezvous_of_nodes.change()
+        if change is None:
+            return ending_ns
+        self._fx.ledger.write(
+            "membership", change=change.cause.name.lower() if change.cause is not None else "fenced", why=change.why
+        )
+        if change.cause is not None:
+            self._waiting(change.why)
+        self._ended_for = change
+        if change.cause is None:
+            attempt.kill()
+            return ending_ns
+        if change.cause is Cause.FINISHED:
+            return ending_ns
+        if change.cause >= Cause.FAILED:
+            return ending_ns or self._release_survivors(attempt)
+        return self._ask_to_save(attempt, change.deadline_s or self._limits.grace_s)
+
+    def _ask_to_save(self, attempt: Attempt, deadline_s: float) -> int:
+        deadline = self._fx.now_ns() + int(deadline_s * 1e9)
+        if self._stop is None:
+            self._requests += 1
+            attempt.ask(self._requests, StopMode.SAVE, deadline)
+        return deadline
+
+    def _request_stop(self, number: int) -> None:
+        super()._request_stop(number)
+        if self._stop is not None and self._attempt is not None and self._attempt.running:
+            self._rendezvous_of_nodes.ask_stop(f"signal {self._stop.signal}", self._limits.grace_s)
+
+    def _report(self, attempt: Attempt) -> Report:
+        codes = attempt.codes
+        failures = attempt.failures()
+        if failures and (self._ended_for is None or self._ended_for.cause in (Cause.FINISHED, Cause.FAILED)):
+            cause = Cause.FAILED
+        elif self._stop is not None:
+            cause = Cause.STOP
+        elif all(code == 0 for code in codes.values()):
+            cause = Cause.FINISHED
+        elif self._ended_for is not None and self._ended_for.cause is not None:
+            cause = self._ended_for.cause
+        else:
+            cause = Cause.STOP if 75 in codes.values() else Cause.LOST
+        # Secondary failures after a loss are its echo: nothing to judge by.
+        told = failures if cause is Cause.FAILED else ()
+        return Report(
+            cause=cause,
+            codes=codes,
+            reached_step=attempt.highest_step,
+            failures=[asdict(failure) for failure in told],
+        )
+
+    # leading
+
+    def _lead_round(self, gathered: Gathered) -> Verdict:
+        facts = gathered.facts
+        history = History(tuple(Failure(**failure) for failure in facts.get("history", ())))
+        restarts = int(facts.get("restarts", 0))
+        attempt = int(facts.get("attempt", -1)) + 1
+        self._fx = replace(self._fx, ledger=self._unbound.bind(generation=gathered.generation))
+        if gathered.previous and self._all_finished(gathered):
+            return Verdict(goes_on=False, status=int(Status.FINISHED), facts={"why": "finished"})
+        if gathered.cause is Cause.STOP or any(report.cause is Cause.STOP for report in gathered.reports):
+            return self._conclude(gathered)
+        resume = self._fx.select_resume()
+        told: dict[str, Any] | None = None
+        failures = [_failure(one) for report in gathered.reports for one in report.failures]
+        if failures and not gathered.gone:
+            history, told = self._weigh(history, failures, gathered, resume)
+            if told["gives_up"]:
+                return Verdict(goes_on=False, status=int(Status.FAILED), facts={"why": "failed", "failure": told})
+            restarts += 1
+            self._wait_backoff(Restart(**told["decision"]))
+        self._write_round(gathered)
+        return Verdict(
+            goes_on=True,
+            facts={
+                "resume": [asdict(point) for point in resume],
+                "attempt": attempt,
+                "restarts": restarts,
+                "history": [asdict(failure) for failure in history.failures],
+                "failure": told,
+            },
+        )
+
+    def _all_finished(self, gathered: Gathered) -> bool:
+        finished = [report for report in gathered.reports if all(code == 0 for code in report.codes.values())]
+        return not gathered.gone and len(finished) == len(gathered.previous)
+
+    def _conclude(self, gathered: Gathered) -> Verdict:
+        saved = any(75 in report.codes.values() for report in gathered.reports)
+        status = Status.SAVED if saved else Status.TERMINATED
+        return Verdict(goes_on=False, status=int(status), facts={"why": str(gathered.note.get("why", "stopped"))})
+
+    def _weigh(
+        self,
+        history: History,
+        failures: Sequence[WorkerFailure],
+        gathered: Gathered,
+        resume: Sequence[ResumePoint],
+    ) -> tuple[History, dict[str, Any]]:
+        root = root_cause(failures)
+        reached = max(report.reached_step for report in gathered.reports)
+        durable = max((point.step for point in resume), default=0)
+        history = history.after(
+            Failure(
+                cause=root.cause,
+                reached_step=reached,
+                durable_step=durable,
+                is_mistake=root.is_mistake and not gathered.facts.get("restarts") and not resume,
+            )
+        )
+        decision = decide(history, self._policy, self._fx.draw())
+        gives_up = isinstance(decision, GiveUp)
+        self._fx.ledger.write(
+            "decision",
+            action="give_up" if gives_up else "restart",
+            cause=root.cause,
+            rank=root.rank,
+            **asdict(decision),
+        )
+        told = {
+            "root": asdict(root),
+            "decision": asdict(decision),
+            "gives_up": gives_up,
+            "reached": reached,
+            "resume": durable,
+        }
+        return history, told
+
+    def _write_round(self, gathered: Gathered) -> None:
+        joined = [name for name in gathered.members if name not in gathered.previous]
+        self._fx.ledger.write(
+            "membership",
+            change="round",
+            cause=gathered.cause.name.lower(),
+            nodes=list(gathered.members),
+            joined=joined,
+            lost=list(gathered.gone),
+        )
+
+
+def point_exists(point: ResumePoint) -> bool:
+    """Whether this node sees the checkpoint."""
+    from pathlib import Path
+
+    return Path(point.path).exists()
+
+
+def _failure(record: Mapping[str, Any]) -> WorkerFailure:
+    return WorkerFailure(**{**record, "bases": tuple(record["bases"])})

@@ -1,0 +1,285 @@
+"""Links between agents: TCP connections on which each says, beat by beat, who it is and where it stands.
+
+Every message is the whole state of its sender, one JSON line, so that a lost or repeated one changes nothing. A link
+whose process dies is closed by its kernel, which the other end hears at once; dialing it again is then refused, and
+that is how a dead agent differs from a cable that was pulled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from elastic_fit.supervisor.roster import Profile
+
+LINE_LIMIT = 1 << 20
+"""Longest message, in bytes. Who sends more is not one of us."""
+REDIAL_S = 0.5
+"""Pause between attempts to reach a peer; an attempt that takes longer than `DIAL_S` is given up."""
+DIAL_S = 1.0
+DOUBT_S = 1.5
+"""A link that was quiet for so long is dialed anew beside the old one: after a short cut TCP alone may stay silent."""
+
+
+@dataclass(slots=True)
+class Contacted:
+    """What is known of one peer. Times are seconds on the caller's clock."""
+
+    profile: Profile
+    wanted_s: float
+    """Since when it is looked for or known."""
+    heard_s: float
+    """When it was last heard, or `wanted_s`."""
+    refused: bool = False
+    dialed_s: float = -1e9
+    state: dict[str, Any] | None = None
+    """Its newest message; None until there was one."""
+    ready_since_s: float = 0.0
+    refusal: str | None = None
+
+
+class _Connection:
+    __slots__ = ("dialed", "incoming", "node", "opened_s", "outgoing", "sock", "standing")
+
+    def __init__(self, sock: socket.socket, opened_s: float, *, dialed: str | None) -> None:
+        self.sock = sock
+        self.opened_s = opened_s
+        self.dialed = dialed
+        """The node that this end meant to reach; None where the other end dialed."""
+        self.node: str | None = None
+        """Who is at the other end, once it has said so."""
+        self.standing = dialed is None
+        self.incoming = b""
+        self.outgoing = b""
+
+
+class Links:
+    """All connections of one agent. Not thread-safe: one thread calls everything.
+
+    Args:
+        address: the address to listen on.
+        run: the job's id; who says another one is not answered.
+        clock: seconds, monotonic.
+        port: the port to listen on; 0 is a free one.
+    """
+
+    def __init__(self, address: str, run: str, *, clock: Callable[[], float] = time.monotonic, port: int = 0) -> None:
+        self._run = run
+        self._clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.create_server((address, port), backlog=1024)
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self.port: int = self._listener.getsockname()[1]
+        self.known: dict[str, Contacted] = {}
+        self._connections: set[_Connection] = set()
+        self._greeting = b""
+        self._state = b""
+
+    def introduce(self, me: Profile) -> None:
+        """Set what is said first on every connection."""
+        self._greeting = _line({"run": self._run, "profile": asdict(me)})
+
+    def watch(self, file: Any) -> None:
+        """Have `poll` return early when `file` is readable; the caller drains it."""
+        self._selector.register(file, selectors.EVENT_READ)
+
+    # who is there
+
+    def is_up(self, node: str) -> bool:
+        """Whether a connection stands on which that node has said who it is."""
+        return any(connection.node == node for connection in self._connections)
+
+    def want(self, profiles: Iterable[Profile]) -> None:
+        """Keep links with these, and forget those that are neither wanted nor connected."""
+        wanted = {profile.node: profile for profile in profiles}
+        now = self._clock()
+        for node, profile in wanted.items():
+            if node not in self.known:
+                self.known[node] = Contacted(profile, wanted_s=now, heard_s=now)
+            self._dial_if_due(node, now)
+        for node in [node for node in self.known if node not in wanted and not self.is_up(node)]:
+            del self.known[node]
+
+    def _dial_if_due(self, node: str, now: float) -> None:
+        peer = self.known[node]
+        in_doubt = not self.is_up(node) or now - peer.heard_s > DOUBT_S
+        if not in_doubt or now - peer.dialed_s < REDIAL_S:
+            return
+        for connection in [c for c in self._connections if c.dialed == node and c.node is None]:
+            if now - connection.opened_s < DIAL_S:
+                return
+            self._drop(connection)
+        peer.dialed_s = now
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = _Connection(sock, now, dialed=node)
+        number = sock.connect_ex((peer.profile.address, peer.profile.port))
+        if number not in (0, errno.EINPROGRESS):
+            peer.refused = number == errno.ECONNREFUSED
+            sock.close()
+            return
+        self._connections.add(connection)
+        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+
+    # saying and hearing
+
+    def say(self, state: dict[str, Any]) -> None:
+        """Tell every connected peer where this node stands, now and to whoever connects later."""
+        self._state = _line({"state": state})
+        for connection in list(self._connections):
+            if connection.standing and connection.node is not None:
+                self._send(connection, self._state)
+
+    def refuse(self, node: str, why: str) -> None:
+        """Tell a peer that it can't be part of this job."""
+        for connection in list(self._connections):
+            if connection.node == node:
+                self._send(connection, _line({"refusal": why}))
+
+    def poll(self, timeout_s: float) -> bool:
+        """Hear what has come, waiting at most so long; says whether there was anything new."""
+        news = False
+        for key, mask in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(key.data, _Connection):
+                news |= self._serve(key.data, mask)
+            else:
+                news = True
+        return news
+
+    def close(self) -> None:
+        """Hang up and stop listening."""
+        for connection in list(self._connections):
+            self._drop(connection)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._selector.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = _Connection(sock, self._clock(), dialed=None)
+            self._connections.add(connection)
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+            self._send(connection, self._greeting + self._state)
+
+    def _serve(self, connection: _Connection, mask: int) -> bool:
+        if not connection.standing:
+            return self._stand(connection)
+        if mask & selectors.EVENT_WRITE:
+            self._send(connection, b"")
+        if mask & selectors.EVENT_READ:
+            return self._receive(connection)
+        return False
+
+    def _stand(self, connection: _Connection) -> bool:
+        """A dialed connection has come about, or not."""
+        number = connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        peer = self.known.get(connection.dialed or "")
+        if number:
+            if peer is not None:
+                peer.refused = number == errno.ECONNREFUSED
+            self._drop(connection)
+            return True
+        connection.standing = True
+        self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
+        self._send(connection, self._greeting + self._state)
+        return False
+
+    def _send(self, connection: _Connection, data: bytes) -> None:
+        connection.outgoing += data
+        try:
+            sent = connection.sock.send(connection.outgoing) if connection.outgoing else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._drop(connection)
+            return
+        connection.outgoing = connection.outgoing[sent:]
+        if len(connection.outgoing) > LINE_LIMIT:
+            self._drop(connection)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.outgoing else 0)
+        self._selector.modify(connection.sock, events, connection)
+
+    def _receive(self, connection: _Connection) -> bool:
+        try:
+            data = connection.sock.recv(1 << 16)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(connection)
+            self._redial_now(connection.node)
+            return True
+        *lines, connection.incoming = (connection.incoming + data).split(b"\n")
+        if len(connection.incoming) > LINE_LIMIT:
+            self._drop(connection)
+        for line in lines:
+            try:
+                self._understand(connection, json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                self._drop(connection)
+                break
+        return bool(lines)
+
+    def _understand(self, connection: _Connection, message: dict[str, Any]) -> None:
+        now = self._clock()
+        if connection.node is None:
+            self._greet(connection, message, now)
+            return
+        peer = self.known.get(connection.node)
+        if peer is None:
+            return
+        peer.heard_s, peer.refused = now, False
+        if "refusal" in message:
+            peer.refusal = str(message["refusal"])
+            return
+        state = dict(message["state"])
+        if state.get("ready") is not None and (peer.state or {}).get("ready") is None:
+            peer.ready_since_s = now
+        peer.state = state
+
+    def _greet(self, connection: _Connection, message: dict[str, Any], now: float) -> None:
+        profile = Profile.parse(message["profile"])
+        if message["run"] != self._run or connection.dialed not in (None, profile.node):
+            # Somebody else listens where the peer did: the peer is gone.
+            if connection.dialed in self.known:
+                self.known[connection.dialed].refused = True
+            self._drop(connection)
+            return
+        connection.node = profile.node
+        known = self.known.setdefault(profile.node, Contacted(profile, wanted_s=now, heard_s=now))
+        known.heard_s, known.refused = now, False
+
+    def _redial_now(self, node: str | None) -> None:
+        if node is not None and node in self.known and not self.is_up(node):
+            self.known[node].dialed_s = -1e9
+
+    def _drop(self, connection: _Connection) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(connection.sock)
+        connection.sock.close()
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"

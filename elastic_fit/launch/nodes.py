@@ -1,0 +1,255 @@
+"""Launching on one node of several: find the others, and run this node's part of the job."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from elastic_fit.launch.arbiter import Arbiter, FolderArbiter
+from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.goodput import account
+from elastic_fit.supervisor.ledger import Ledger, read
+from elastic_fit.supervisor.membership import Bounds
+from elastic_fit.supervisor.pulse import ListeningClock
+from elastic_fit.supervisor.roster import Phase, Profile, Roster
+from elastic_fit.supervisor.rundir import Identity, RunDir
+from elastic_fit.supervisor.store.generation import Holder, newest_generation, publish_generation
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import Worker
+
+    from elastic_fit.launch.attempt import WorkerPlan
+    from elastic_fit.launch.cluster import ClusterAgent
+    from elastic_fit.launch.membership import ElasticRendezvous
+    from elastic_fit.launch.parser import Invocation
+    from elastic_fit.launch.render import Console
+    from elastic_fit.launch.signals import SignalLatch
+    from elastic_fit.launch.workers import Nursery
+    from elastic_fit.supervisor.context import ResumePoint
+
+    Plan = Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
+
+FOLDER = "membership"
+"""Where in the run folder the nodes agree."""
+ETCD_BACKENDS = ("etcd", "etcd-v2")
+BOUND_OF = {"silence": "silence_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
+"""What of ``--rdzv-conf`` sets which limit, in seconds."""
+TELL_EVERY_S = 10.0
+"""How often a node repeats what it waits for."""
+
+
+def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> Status:
+    """Run this node's part of the job and return the command's exit status, the same on all nodes.
+
+    Raises the ElasticFitError family for what a person can mend.
+    """
+    folder = RunDir(invocation.run_dir.resolve())
+    if invocation.fresh and not _others_run(folder):
+        console.set_aside(folder.set_aside())
+    identity = folder.create(command=sys.argv)
+    return _Node(invocation, console, nursery, folder, identity).run()
+
+
+def _others_run(folder: RunDir) -> bool:
+    """Whether a job goes on in this folder: then `--fresh` was the business of the node that began it."""
+    found = FolderArbiter(folder.root / FOLDER).read()
+    return found is not None and Roster.parse(found[1]).phase is not Phase.CLOSED
+
+
+@dataclass(slots=True)
+class _Node:
+    """One node of the job."""
+
+    invocation: Invocation
+    console: Console
+    nursery: Nursery
+    folder: RunDir
+    identity: Identity
+    _told: tuple[str, float] = field(default=("", 0.0))
+
+    def run(self) -> Status:
+        from elastic_fit.launch.signals import SignalLatch
+
+        ledger = Ledger(self.folder.events)
+        ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
+        self.nursery.preload(self.invocation.preload)
+        rendezvous = self._rendezvous()
+        try:
+            with SignalLatch() as latch:
+                agent = self._agent(ledger, latch, rendezvous)
+                agent.run()
+        finally:
+            rendezvous.shutdown()
+        result = account(read(self.folder.events))
+        ledger.write(
+            "finish",
+            code=int(agent.status),
+            steps=result.steps,
+            restarts=result.restarts,
+            repeated=result.repeated,
+            productive_share=round(result.productive_share, 4),
+        )
+        self.console.finish(agent.status, result)
+        return agent.status
+
+    def _rendezvous(self) -> ElasticRendezvous:
+        from torch.distributed.run import determine_local_world_size
+
+        from elastic_fit.launch.keeper import LONGEST_GAP_S, Keeper
+        from elastic_fit.launch.links import Links
+        from elastic_fit.launch.membership import ElasticRendezvous
+
+        args = self.invocation.torchrun
+        config = _config(args.rdzv_conf)
+        name = args.rdzv_id if args.rdzv_id not in ("none", "") else self.identity.run_id
+        listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
+        links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=int(config.get("port", 0)))
+        profile = Profile(
+            node=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
+            name=socket.gethostname(),
+            address=args.local_addr or own_address(),
+            port=links.port,
+            workers=determine_local_world_size(args.nproc_per_node),
+            wish=args.node_rank or None,
+            traits=traits(self.invocation, self.identity),
+        )
+        keeper = Keeper(profile, self._bounds(config), self._arbiter(name), links, listening=listening)
+        me = Holder.this_process()
+        return ElasticRendezvous(
+            keeper,
+            name,
+            backend=args.rdzv_backend,
+            newest_generation=lambda: newest_generation(self.folder.generations),
+            take_generation=lambda number: publish_generation(self.folder.generations, number, me),
+        )
+
+    def _bounds(self, config: Mapping[str, str]) -> Bounds:
+        from torch.distributed.run import parse_min_max_nnodes
+
+        least, most = parse_min_max_nnodes(self.invocation.torchrun.nnodes)
+        chosen = {field: float(config[key]) for key, field in BOUND_OF.items() if key in config}
+        return Bounds(least=least, most=most, **chosen)
+
+    def _arbiter(self, name: str) -> Arbiter:
+        if self.invocation.torchrun.rdzv_backend in ETCD_BACKENDS:
+            from elastic_fit.launch.etcd import EtcdArbiter
+
+            return EtcdArbiter.at(self.invocation.torchrun.rdzv_endpoint, name)
+        return FolderArbiter(self.folder.root / FOLDER)
+
+    def _agent(self, ledger: Ledger, latch: SignalLatch, rendezvous: ElasticRendezvous) -> ClusterAgent:
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.run import determine_local_world_size
+
+        from elastic_fit.launch.agent import Effects, Limits
+        from elastic_fit.launch.cluster import ClusterAgent
+        from elastic_fit.launch.planner import program_of
+        from elastic_fit.launch.resume import ResumeChooser
+        from elastic_fit.supervisor.policy import RestartPolicy
+
+        args = self.invocation.torchrun
+        program = program_of(self.invocation)
+        spec = WorkerSpec(
+            role=args.role,
+            local_world_size=determine_local_world_size(args.nproc_per_node),
+            rdzv_handler=rendezvous,
+            entrypoint=program.target,
+            max_restarts=self.invocation.max_restarts,
+            event_log_handler=args.event_log_handler,
+            virtual_local_rank=args.virtual_local_rank,
+        )
+        effects = Effects(
+            nursery=self.nursery,
+            latch=latch,
+            ledger=ledger,
+            observer=self.console,
+            select_resume=ResumeChooser(self.folder, ledger, self.invocation),
+            plan=self._planner(rendezvous),
+        )
+        return ClusterAgent(
+            spec,
+            program,
+            effects,
+            rendezvous,
+            policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
+            limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
+            waiting=self._tell_wait,
+        )
+
+    def _planner(self, rendezvous: ElasticRendezvous) -> Plan:
+        """A planner for whatever generation the current round has."""
+        from elastic_fit.launch.planner import Planner
+
+        interface = interface_of(self.invocation.torchrun.local_addr or own_address())
+
+        def plan(
+            worker: Worker, number: int, environment: dict[str, str], resume: tuple[ResumePoint, ...]
+        ) -> WorkerPlan:
+            planner = Planner(self.invocation, self.folder, self.identity.run_id, rendezvous.generation)
+            if environment["GROUP_WORLD_SIZE"] != "1" and interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+                environment = {**environment, "GLOO_SOCKET_IFNAME": interface}
+            return planner(worker, number, environment, resume)
+
+        return plan
+
+    def _tell_wait(self, why: str) -> None:
+        now = time.monotonic()
+        is_news = why.split(";")[0] != self._told[0].split(";")[0]
+        if not why or not (is_news or now - self._told[1] >= TELL_EVERY_S):
+            return
+        self._told = (why, now)
+        self.console.line(why)
+
+
+def _config(text: str) -> dict[str, str]:
+    """``--rdzv-conf``: ``silence`` (seconds), ``port``, and torchrun's ``last_call_timeout`` and ``join_timeout``."""
+    pairs = (pair.split("=", 1) for pair in text.split(",") if "=" in pair)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def own_address() -> str:
+    """An address of this host that others can reach: what its name resolves to, else that of its first interface."""
+    try:
+        found = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        found = "127.0.0.1"
+    if not found.startswith("127."):
+        return found
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            if address.family == socket.AF_INET and not address.address.startswith("127."):
+                return str(address.address)
+    return "127.0.0.1"
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the interface that has `address`."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.family == socket.AF_INET and known.address == address for known in addresses):
+            return str(name)
+    return None
+
+
+def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
+    """What must be the same on all nodes of the job."""
+    script = Path(invocation.script)
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()[:16] if script.is_file() else invocation.script
+    return {
+        "elastic_fit": importlib.metadata.version("elastic-fit"),
+        "torch": importlib.metadata.version("torch").split("+")[0],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "script": digest,
+        "run": identity.run_id,
+    }
