@@ -95,6 +95,7 @@ def _point(fit: int, chosen: Checkpoint) -> ResumePoint:
         generation=manifest.generation,
         kind=manifest.kind,
         finished=bool(manifest.extra.get("finished")),
+        ended_early=bool(manifest.extra.get("ended_early")),
     )
 
 

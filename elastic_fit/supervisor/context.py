@@ -25,6 +25,8 @@ class ResumePoint:
     kind: str = "periodic"
     finished: bool = False
     """That fit had ended: its final state is restored and nothing is trained again."""
+    ended_early: bool = False
+    """It had ended by a decision of its own (early stopping), not by its limits on steps and epochs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ It serves a plain PyTorch script as well:
 
 from __future__ import annotations
 
+from elastic_fit.supervisor.errors import FencedOff
 from elastic_fit.supervisor.store.commit import DigestingFile, Disk, Fence, SaveFailed, Staged
 from elastic_fit.supervisor.store.folder import (
     NO_FENCE,
@@ -43,6 +44,7 @@ __all__ = [
     "EverySteps",
     "Facts",
     "Fence",
+    "FencedOff",
     "FileEntry",
     "GenerationFence",
     "Holder",

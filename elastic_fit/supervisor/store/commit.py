@@ -209,11 +209,17 @@ class Staged:
 
         Raises FencedOff where a newer generation has taken the run, SaveFailed where the disk refuses.
         """
+        with _as_save_failed(self.target):
+            mine = self.digests()
+        return self.commit_entries(facts, (*mine, *parts))
+
+    def commit_entries(self, facts: Facts, entries: Iterable[FileEntry]) -> Checkpoint:
+        """Commit what is staged as exactly these files, whoever has written them. Raises as `commit` does."""
         from elastic_fit.supervisor.store.folder import Checkpoint
 
         with _as_save_failed(self.target):
             is_folder = self.path.is_dir()
-            files = tuple(sorted((*self.digests(), *parts), key=lambda entry: entry.path))
+            files = tuple(sorted(entries, key=lambda entry: entry.path))
             fields = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
             manifest = Manifest(**fields, files=files, is_folder=is_folder)
             if is_folder:
@@ -275,6 +281,10 @@ class Staged:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what is staged, unless it was committed."""
         if self._committed:
             return
         for file in self._files:

@@ -127,6 +127,8 @@ class CheckpointStore:
         for path, quick in self.scan():
             verdict = verify(path) if quick.valid else quick
             if verdict.valid and verdict.manifest is not None:
+                if verdict.manifest.extra.get("weights_only"):
+                    continue  # whole, but nothing that a training could go on from
                 chosen = Checkpoint(path=path, manifest=verdict.manifest)
                 return Selection(chosen=chosen, rejected=tuple(rejected))
             rejected.append(Rejected(path=path, why=verdict.why))
@@ -163,8 +165,8 @@ class CheckpointStore:
             return []
 
 
-def _order(verdict: Verdict) -> tuple[int, int]:
-    return verdict.manifest.order if verdict.manifest else (-1, -1)
+def _order(verdict: Verdict) -> tuple[int, int, bool]:
+    return verdict.manifest.order if verdict.manifest else (-1, -1, False)
 
 
 def _generation_of(name: str) -> int:

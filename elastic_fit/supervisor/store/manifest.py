@@ -74,9 +74,9 @@ class Manifest(Facts):
     schema_version: int = SCHEMA_VERSION
 
     @property
-    def order(self) -> tuple[int, int]:
-        """What checkpoints are ordered by."""
-        return self.step, self.generation
+    def order(self) -> tuple[int, int, bool]:
+        """What checkpoints are ordered by; of two at the same point, the one that says the fit has ended is newer."""
+        return self.step, self.generation, bool(self.extra.get("finished"))
 
     @property
     def total_bytes(self) -> int:

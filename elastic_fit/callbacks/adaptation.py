@@ -1,0 +1,72 @@
+"""Lightning's Trainer inside a worker of the launcher: its size follows the job, its ``fit`` calls follow the run."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+
+from elastic_fit.callbacks import _lightning, session
+from elastic_fit.callbacks.checkpoint import RunCheckpoint
+
+_MARK = "_elastic_fit_adapted"
+
+
+def adapt_trainer() -> None:
+    """Adapt the class, once."""
+    if getattr(pl.Trainer, _MARK, False):
+        return
+    setattr(pl.Trainer, _MARK, True)
+    _lightning.accept_any_world()
+    pl.Trainer.__init__ = _sized(pl.Trainer.__init__)  # type: ignore[method-assign]
+    pl.Trainer.fit = _numbered(pl.Trainer.fit)  # type: ignore[method-assign]
+
+
+def _sized(init: Any) -> Any:
+    """``devices`` and ``num_nodes`` are the job's, whatever the script says."""
+
+    @functools.wraps(init)
+    def __init__(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        kwargs["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
+        kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+        init(self, *args, **kwargs)
+
+    return __init__
+
+
+def _numbered(fit: Any) -> Any:
+    """Count the calls, and start each from the run's own checkpoint once there is one."""
+
+    @functools.wraps(fit)
+    def numbered_fit(
+        self: pl.Trainer,
+        model: Any,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        worker = session.current()
+        ours = next((one for one in _lightning.callbacks_of(self) if isinstance(one, RunCheckpoint)), None)
+        if worker is not None and ours is not None:
+            if _lightning.is_rehearsal(self) or _lightning.is_tuning(self):
+                ours.assign(None, None)
+            else:
+                number, point = worker.begin_fit()
+                ours.assign(worker.folder.fit(number), point)
+                ckpt_path = point.path if point else ckpt_path
+                weights_only = False if worker.context.settings.load_unsafe else weights_only
+        return fit(
+            self,
+            model,
+            train_dataloaders=train_dataloaders,
+            val_dataloaders=val_dataloaders,
+            datamodule=datamodule,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+        )
+
+    return numbered_fit

@@ -1,0 +1,313 @@
+"""ElasticCheckpoint: Lightning's ModelCheckpoint, with sealed files, triggers that work together, and resume."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from elastic_fit.callbacks import _lightning, stop
+from elastic_fit.callbacks.cadence import Cadence
+from elastic_fit.callbacks.emergency import StepGuard, rescue
+from elastic_fit.callbacks.resume import choose
+from elastic_fit.callbacks.seal import Purpose, Seals
+from elastic_fit.callbacks.session import Session
+from elastic_fit.supervisor.context import ResumePoint
+from elastic_fit.supervisor.store import CheckpointStore, LastN, surplus
+
+
+class ElasticCheckpoint(ModelCheckpoint):
+    """A drop-in for Lightning's ModelCheckpoint whose checkpoints are sealed and never lie.
+
+    Every argument and attribute of ModelCheckpoint means what it means there. Beyond it:
+
+    - ``every_n_train_steps``, ``every_n_epochs`` and ``train_time_interval`` work together: whichever comes first.
+      The time goes on counting over restarts and under manual optimisation.
+    - A monitored metric that is not there yet doesn't put off a save by steps or time: it is written as
+      ``step=N.ckpt``, unranked, and the newest `keep` of these stay.
+    - ``monitor=None`` with `keep`: the newest `keep` by step stay.
+
+    Args:
+        resume: ``"auto"`` goes on from the newest valid checkpoint of `dirpath`, a path from that one, None from
+            what ``fit(ckpt_path=...)`` says. For use without the launcher, which decides by itself.
+        emergency: save what is whole when a rank fails or a signal asks to stop.
+        keep: how many of the saves that no metric ranks stay.
+        finite_check: look for NaN and Inf before each save; what holds them is kept and never resumed from.
+
+    Errors: a save that fails (a full disk) is logged and the training goes on; the next trigger tries a new file.
+    With ``resume="auto"``, NoValidCheckpoint where there are checkpoints and none of them holds.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_top_k: int = 1,
+        save_on_exception: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+        *,
+        resume: str | os.PathLike[str] | None = None,
+        emergency: bool = True,
+        keep: int | None = None,
+        finite_check: bool = True,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1")
+        super().__init__(
+            dirpath=os.fspath(dirpath) if dirpath is not None else None,
+            filename=filename,
+            monitor=monitor,
+            verbose=verbose,
+            save_last=save_last,
+            save_top_k=save_top_k if monitor is not None or keep is None else -1,
+            save_on_exception=save_on_exception,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            auto_insert_metric_name=auto_insert_metric_name,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+            enable_version_counter=enable_version_counter,
+        )
+        triggers = (every_n_train_steps, train_time_interval, every_n_epochs)
+        if any(number is not None and number < 0 for number in (every_n_train_steps, every_n_epochs)):
+            raise ValueError("every_n_train_steps and every_n_epochs must not be negative")
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._train_time_interval = train_time_interval
+        self._every_n_epochs = (every_n_epochs or 0) if any(one is not None for one in triggers) else 1
+        self.resume = resume
+        self.emergency = emergency
+        self.keep = keep
+        self.finite_check = finite_check
+        self._cadence = Cadence(train_time_interval.total_seconds() if train_time_interval is not None else None)
+        self._seals: Seals | None = None
+        self._unranked_step = 0
+
+    # setting up
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Resolve the folder and seal it."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self.dirpath is None:
+            return
+        self._seals = Seals.of(trainer)
+        self._seals.finite_check = self.finite_check
+        if "://" not in str(self.dirpath):
+            self._seals.add(Path(self.dirpath), self._make_store(Path(self.dirpath)))
+        path = choose(self.resume, self.dirpath, trainer)
+        if path is not None:
+            _lightning.resume_from(trainer, path)
+
+    def _make_store(self, root: Path) -> CheckpointStore:
+        return CheckpointStore(root)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock; what was counted before a restart still counts."""
+        super().on_train_start(trainer, pl_module)
+        self._cadence.start(trainer.global_step, self._every_n_train_steps)
+
+    # triggers
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At an optimizer step: save if steps or time say so, then look whether somebody asks to stop."""
+        if not _lightning.is_boundary(trainer) or self._is_off(trainer):
+            return
+        due = self._cadence.due(trainer)
+        if due and not self._saved_at(trainer.global_step):
+            self._save_due(trainer, due)
+        stop.at_boundary(self, trainer)
+
+    def _is_off(self, trainer: pl.Trainer) -> bool:
+        return _lightning.is_rehearsal(trainer) or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking
+
+    def _saved_at(self, step: int) -> bool:
+        return step in (self._last_global_step_saved, self._unranked_step)
+
+    def _save_due(self, trainer: pl.Trainer, kind: str) -> None:
+        candidates = self._monitor_candidates(trainer)
+        stale = self.monitor is not None and (self.monitor not in candidates or _lightning.is_last_batch(trainer))
+        with self._purpose(kind):
+            if stale:
+                self.save_unranked(trainer)
+            else:
+                self._save_topk_checkpoint(trainer, candidates)
+                self._save_last_checkpoint(trainer, candidates)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if epochs say so."""
+        with self._purpose("epoch"):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if epochs say so and validation is what they end with."""
+        with self._purpose("epoch"):
+            super().on_validation_end(trainer, pl_module)
+
+    # saving
+
+    def _purpose(self, kind: str, **extra: Any) -> _Purposeful:
+        return _Purposeful(self._seals, Purpose(kind=kind, extra=extra))
+
+    def save_now(self, trainer: pl.Trainer, kind: str, **extra: Any) -> None:
+        """Save at this point, whatever the triggers say, with all ranks taking part."""
+        with self._purpose(kind, **extra):
+            if not self._saved_at(trainer.global_step) or extra:
+                self.save_unranked(trainer, suffix="-final" if extra else "")
+
+    def save_unranked(self, trainer: pl.Trainer, suffix: str = "") -> None:
+        """Write ``step=N.ckpt``, which no metric ranks, and let older ones of its kind go."""
+        assert self.dirpath is not None
+        name = f"step={trainer.global_step}{suffix}.ckpt"
+        trainer.save_checkpoint(os.path.join(self.dirpath, name), self.save_weights_only)
+        self._unranked_step = trainer.global_step
+        self._after_save(trainer)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._after_save(trainer)
+
+    def _after_save(self, trainer: pl.Trainer) -> None:
+        self._cadence.saved(trainer.global_step)
+        if trainer.is_global_zero and self._seals is not None and self._seals.last_failure is None:
+            self._let_go(trainer)
+
+    def _let_go(self, trainer: pl.Trainer) -> None:
+        """Remove what retention doesn't keep: never what is ranked, and never the last valid one."""
+        place = self._seals.store_of(Path(str(self.dirpath)) / "x") if self._seals else None
+        if place is None or (self.keep is None and self.monitor is None):
+            return
+        store = place[0]
+        ranked = {os.path.basename(path) for path in (*self.best_k_models, self.last_model_path)}
+        resumed = os.path.basename(str(trainer.ckpt_path or ""))
+        mine = [one for one in store.committed() if one.manifest.finite is not False]
+        for name in surplus(mine, LastN(self.keep or 1), pinned=frozenset({*ranked, resumed})):
+            if name.startswith("step=") or self.monitor is None:
+                store.remove(name)
+
+    @staticmethod
+    def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+        """Swap the symlink by rename, where Lightning would remove it first."""
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            folder = os.path.dirname(os.path.abspath(linkpath))
+            CheckpointStore(folder).link_last(os.path.relpath(filepath, folder), os.path.basename(linkpath))
+        trainer.strategy.barrier()
+
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """ModelCheckpoint's state, and when the last save was."""
+        return {**super().state_dict(), "saved_at": time.time()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._cadence.resume(time.time() - float(state_dict.get("saved_at", time.time())))
+
+
+class RunCheckpoint(ElasticCheckpoint):
+    """The launcher's own: one folder per ``fit`` call, triggers from the command line, a final save.
+
+    Args:
+        worker: this worker's session.
+    """
+
+    def __init__(self, worker: Session) -> None:
+        settings = worker.context.settings
+        interval = settings.checkpoint_interval_s
+        super().__init__(
+            filename="{step}",
+            every_n_epochs=1,
+            every_n_train_steps=settings.checkpoint_steps,
+            train_time_interval=timedelta(seconds=interval) if interval else None,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+            keep=settings.keep,
+            finite_check=settings.finite_check,
+        )
+        self._worker = worker
+        self._point: ResumePoint | None = None
+        self._active = False
+        self._guard = StepGuard()
+
+    def assign(self, folder: Path | None, point: ResumePoint | None) -> None:
+        """Which folder the coming ``fit`` saves to, and where it goes on from; no folder, no saves."""
+        self.dirpath = str(folder) if folder else None
+        self._active = folder is not None
+        self._point = point
+        self._last_global_step_saved = self._unranked_step = point.step if point else 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""
+        if not self._active or stage != "fit":
+            return
+        super().setup(trainer, pl_module, stage)
+        checkpoints = self._worker.folder.checkpoints
+        Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
+
+    def _make_store(self, root: Path) -> CheckpointStore:
+        return self._worker.store(root)
+
+    def _is_off(self, trainer: pl.Trainer) -> bool:
+        return not self._active or super()._is_off(trainer)
+
+    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
+        return (
+            not self._active or self._saved_at(trainer.global_step) or super()._should_skip_saving_checkpoint(trainer)
+        )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A fit that had ended early is restored and not trained again."""
+        point = self._point
+        if self._active and point is not None and point.finished and point.ended_early:
+            trainer.should_stop = True
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """From here until the step is counted, the parameters belong to no step."""
+        self._guard.begins(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """This rank leaves because something failed, here or on another rank: save what is whole."""
+        if self._is_off(trainer) or not self.emergency or isinstance(exception, SystemExit):
+            return
+        saved = max(self._last_global_step_saved, self._unranked_step)
+        rescue(trainer, self._make_store(Path(str(self.dirpath))), self._guard, exception, saved)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last save of a fit says that it has ended, and how."""
+        if self._is_off(trainer) or (self._point and self._point.finished and self._point.step == trainer.global_step):
+            return
+        early = any(isinstance(one, EarlyStopping) and one.stopped_epoch for one in _lightning.callbacks_of(trainer))
+        self.save_now(trainer, "final", finished=True, ended_early=early)
+
+
+class _Purposeful:
+    def __init__(self, seals: Seals | None, purpose: Purpose) -> None:
+        self._seals = seals
+        self._purpose = purpose
+
+    def __enter__(self) -> None:
+        if self._seals is not None:
+            self._seals.purpose = self._purpose
+
+    def __exit__(self, *_: object) -> None:
+        if self._seals is not None:
+            self._seals.purpose = Purpose()

@@ -1,0 +1,54 @@
+"""Choosing what to go on from without the launcher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from elastic_fit.supervisor.errors import NoValidCheckpoint
+from elastic_fit.supervisor.store import latest_valid, verify
+
+
+def choose(
+    resume: str | os.PathLike[str] | None, dirpath: str | os.PathLike[str] | None, trainer: pl.Trainer
+) -> str | None:
+    """The checkpoint to go on from: decided by rank 0, told to all.
+
+    Args:
+        resume: ``"auto"``, a path, or None.
+        dirpath: the folder that ``"auto"`` looks in.
+        trainer: for its strategy.
+
+    Raises NoValidCheckpoint on every rank where what there is can't be used.
+    """
+    if resume is None:
+        return None
+    answer: tuple[str | None, str | None] = (None, None)
+    if trainer.is_global_zero:
+        answer = _newest(dirpath) if resume == "auto" else _named(Path(resume))
+    path, refusal = trainer.strategy.broadcast(answer)
+    if refusal:
+        raise NoValidCheckpoint(refusal, hint="move the folder away to start over, or give resume= a checkpoint")
+    return path
+
+
+def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | None]:
+    if dirpath is None:
+        return None, "resume='auto' needs to know the folder: give ElasticCheckpoint a dirpath"
+    selection = latest_valid(Path(dirpath))
+    for one in selection.rejected:
+        rank_zero_info(f"elastic-fit: not resuming from {one.path}: {one.why}")
+    if selection.chosen is not None:
+        return str(selection.chosen.path), None
+    if selection.rejected:
+        return None, f"none of the {len(selection.rejected)} checkpoints in {dirpath} can be used"
+    rank_zero_info(f"elastic-fit: no checkpoint in {dirpath}: starting at step 0")
+    return None, None
+
+
+def _named(path: Path) -> tuple[str | None, str | None]:
+    verdict = verify(path)
+    return (str(path), None) if verdict.valid else (None, f"{path} can't be resumed from: {verdict.why}")

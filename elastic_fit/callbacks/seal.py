@@ -1,0 +1,278 @@
+"""Sealed saves: whatever a strategy writes below a folder becomes a committed checkpoint with a manifest.
+
+The strategy's ``save_checkpoint`` is what gets wrapped, not its CheckpointIO, which sharded strategies bypass. What a
+save consists of is captured by Lightning before; here it is only persisted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import xxhash
+
+from elastic_fit.callbacks import _lightning, session
+from elastic_fit.supervisor.board import Phase, Word
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged
+
+log = logging.getLogger("elastic_fit")
+
+_WRAPPED = "_elastic_fit_seals"
+META_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Purpose:
+    """Why a checkpoint is written."""
+
+    kind: str = "manual"
+    reason: str = ""
+    extra: Mapping[str, Any] | None = None
+
+
+class Seals:
+    """The sealed folders of one trainer's strategy.
+
+    Saves outside of them go the strategy's own way. A save that fails is told, remembered and does not end the
+    training: the checkpoints before it are untouched.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._stores: dict[Path, CheckpointStore] = {}
+        strategy = trainer.strategy
+        self._save = strategy.save_checkpoint
+        self._remove = strategy.remove_checkpoint
+        self.purpose = Purpose()
+        self.finite_check = True
+        self.last_failure: str | None = None
+        strategy.save_checkpoint = self.save  # type: ignore[method-assign]
+        strategy.remove_checkpoint = self.remove  # type: ignore[method-assign]
+        setattr(strategy, _WRAPPED, self)
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> Seals:
+        """The seals of this trainer's strategy, put on now if there are none."""
+        found = getattr(trainer.strategy, _WRAPPED, None)
+        return found if isinstance(found, Seals) else cls(trainer)
+
+    def add(self, root: Path, store: CheckpointStore) -> None:
+        """Seal everything that is saved below `root`."""
+        self._stores[Path(os.path.abspath(root))] = store
+
+    def store_of(self, path: str | Path) -> tuple[CheckpointStore, str] | None:
+        """The store that a path belongs to and its name there, or None."""
+        absolute = Path(os.path.abspath(path))
+        for root, store in self._stores.items():
+            if root in absolute.parents:
+                return store, absolute.relative_to(root).as_posix()
+        return None
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """What ``strategy.save_checkpoint`` does now."""
+        place = self.store_of(filepath) if "://" not in str(filepath) else None
+        if place is None:
+            self._save(checkpoint, filepath, storage_options=storage_options)
+            return
+        worker = session.current()
+        phase = worker.board.phase if worker else None
+        if worker is not None:
+            worker.board.enter(Phase.SAVING)
+        try:
+            self._save_sealed(checkpoint, *place, storage_options)
+        finally:
+            if worker is not None and phase is not None:
+                worker.board.enter(phase)
+
+    def _save_sealed(
+        self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, storage_options: Any | None
+    ) -> None:
+        began = time.monotonic()
+        trainer = self._trainer
+        facts = facts_of(trainer, self.purpose, checkpoint)
+        if _lightning.writes_plain_files(trainer.strategy):
+            if trainer.is_global_zero:
+                self._told(store, name, facts, began, lambda: self._write_file(checkpoint, store, name, facts))
+            return
+        self._told(
+            store, name, facts, began, lambda: self._write_together(checkpoint, store, name, facts, storage_options)
+        )
+
+    def _write_file(self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:
+        finite = is_finite(checkpoint) if self.finite_check else None
+        return persist(checkpoint, store, name, replace(facts, finite=finite))
+
+    def _write_together(
+        self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, facts: Facts, storage_options: Any | None
+    ) -> int:
+        """All ranks write into one staged place; rank 0 gathers the digests and commits."""
+        strategy = self._trainer.strategy
+        finite = is_finite(checkpoint) if self.finite_check else None
+        staged = store.stage(name) if self._trainer.is_global_zero else None
+        path = Path(str(strategy.broadcast(str(staged.path) if staged else None)))
+        mine = staged or store.join(name, path)
+        error: str | None = None
+        entries: tuple[FileEntry, ...] = ()
+        try:
+            with _lightning.shards_written_to(lambda shard: mine.open_part(os.path.relpath(shard, path))):
+                self._save(checkpoint, str(path), storage_options=storage_options)
+            entries = tuple(_final_name(entry) for entry in mine.digests())
+        except OSError as failure:
+            error = f"rank {self._trainer.global_rank}: {failure.strerror or failure}"
+        reports = _gather((entries, error, finite))
+        errors = [one[1] for one in reports if one[1]]
+        outcome = 0
+        try:
+            if errors:
+                raise StorageError(f"could not write {store.root / name}: {'; '.join(errors)}")
+            if staged is not None:
+                whole = all(one[2] for one in reports) if finite is not None else None
+                others = [entry for one in reports for entry in one[0]]
+                outcome = _commit_folder(staged, others, replace(facts, finite=whole))
+        finally:
+            if staged is not None:
+                staged.discard()
+            strategy.barrier("elastic_fit.seal")
+        return outcome
+
+    def _told(self, store: CheckpointStore, name: str, facts: Facts, began: float, write: Callable[[], int]) -> None:
+        """Run a save and tell the ledger and the log what came of it."""
+        worker = session.current()
+        path = str(store.root / name)
+        try:
+            size = write()
+        except FencedOff:
+            raise
+        except StorageError as error:
+            self.last_failure = error.message
+            log.error("%s (%s)", error.message, error.hint)
+            if worker is not None and self._trainer.is_global_zero:
+                worker.ledger.write("save_failed", path=path, step=facts.step, error=error.message)
+            return
+        self.last_failure = None
+        seconds = time.monotonic() - began
+        if worker is not None:
+            worker.board[Word.SAVED_STEP] = facts.step
+            worker.board[Word.SAVE_NS] = int(seconds * 1e9)
+            if self._trainer.is_global_zero:
+                worker.ledger.write(
+                    "save",
+                    path=path,
+                    step=facts.step,
+                    kind=facts.kind,
+                    bytes=size,
+                    seconds=round(seconds, 4),
+                    stall_s=round(seconds, 4),
+                )
+
+    def remove(self, filepath: Any) -> None:
+        """What ``strategy.remove_checkpoint`` does now: manifest first, then data."""
+        place = self.store_of(filepath) if "://" not in str(filepath) else None
+        if place is None:
+            self._remove(filepath)
+        elif self._trainer.is_global_zero:
+            store, name = place
+            store.remove(name)
+
+
+def persist(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:
+    """Write a captured state as one sealed file, from any process; returns its bytes.
+
+    Raises SaveFailed where the disk refuses, FencedOff where a newer generation has taken the run.
+    """
+    try:
+        with store.stage(name) as staged:
+            with staged.open() as file:
+                torch.save(checkpoint, file)  # type: ignore[arg-type]
+            return staged.commit(facts).manifest.total_bytes
+    except OSError as error:
+        raise SaveFailed(store.root / name, error) from error
+
+
+def is_finite(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether no parameter and no optimizer state holds NaN or Inf: one fused pass per dtype and device."""
+    tensors = list(_floating(checkpoint.get("state_dict"))) + list(_floating(checkpoint.get("optimizer_states")))
+    if not tensors:
+        return True
+    with torch.no_grad():
+        norm = torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)
+    return bool(torch.isfinite(norm))
+
+
+def _floating(thing: Any) -> Iterable[torch.Tensor]:
+    if isinstance(thing, torch.Tensor):
+        local = thing.to_local() if hasattr(thing, "to_local") else thing
+        if local.is_floating_point() and local.numel():
+            yield local.detach()
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _floating(value)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from _floating(value)
+
+
+def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any]) -> Facts:
+    """What the manifest of a captured state says."""
+    worker = session.current()
+    extra = dict(purpose.extra or {})
+    if "optimizer_states" not in checkpoint:
+        extra["weights_only"] = True
+    return Facts(
+        step=trainer.global_step,
+        epoch=trainer.current_epoch,
+        world_size=trainer.world_size,
+        strategy=type(trainer.strategy).__name__,
+        kind=purpose.kind,
+        reason=purpose.reason,
+        run_id=worker.context.run_id if worker else "",
+        generation=worker.context.generation if worker else 0,
+        metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+        versions={"torch": torch.__version__, "lightning": pl.__version__},
+        extra=extra,
+    )
+
+
+def _commit_folder(staged: Staged, others: list[FileEntry], facts: Facts) -> int:
+    """Commit what all ranks have written; what was written around our streams is digested from disk."""
+    mine = {entry.path for entry in others}
+    extra = [
+        _digest(path, path.relative_to(staged.path).as_posix())
+        for path in sorted(staged.path.rglob("*"))
+        if path.is_file() and path.relative_to(staged.path).as_posix() not in mine
+    ]
+    if staged.path.is_file():
+        extra = [_digest(staged.path, "")]
+    return staged.commit_entries(facts, (*others, *extra)).manifest.total_bytes
+
+
+def _digest(path: Path, relative: str) -> FileEntry:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(4 << 20):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    return FileEntry(path=relative, size=path.stat().st_size, digest=digest.hexdigest())
+
+
+def _final_name(entry: FileEntry) -> FileEntry:
+    """The writer of shards gives its metadata file its name by rename, after it has closed it."""
+    return replace(entry, path=entry.path.removesuffix(META_TEMPORARY))
+
+
+def _gather(mine: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    all_: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_, mine)
+    return all_
