@@ -36,5 +36,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     count = config.stash.get(_LEFT_OUT, 0)
     if count:
         terminalreporter.write_line(
-            f"{count} system tests left out (they need root and system packages); include them with: scripts/test --system"
+            f"{count} system tests left out (they need root and system packages); "
+            "include them with: scripts/test --system"
         )

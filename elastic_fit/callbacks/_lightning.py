@@ -126,4 +126,4 @@ def resume_from(trainer: pl.Trainer, path: str) -> None:
         connector._restore_modules_and_callbacks = restore  # type: ignore[method-assign]
         restore(path, weights_only)
 
-    connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign]
+    connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign, assignment]

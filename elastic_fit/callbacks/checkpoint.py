@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -257,7 +258,10 @@ class RunCheckpoint(ElasticCheckpoint):
         """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""
         if not self._active or stage != "fit":
             return
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():
+            # A run's folder that holds its checkpoints is no surprise.
+            warnings.filterwarnings("ignore", message=".*exists and is not empty")
+            super().setup(trainer, pl_module, stage)
         checkpoints = self._worker.folder.checkpoints
         Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elastic_fit.supervisor.ledger import Event
 
@@ -40,6 +40,7 @@ class Goodput:
 
 @dataclass(slots=True)
 class _Account:
+    launchers: set[tuple[str, int]] = field(default_factory=set)
     began: float = 0.0
     last: float = 0.0
     total: float = 0.0
@@ -59,10 +60,7 @@ def account(events: Iterable[Event]) -> Goodput:
     book = _Account()
     failures = []
     for event in events:
-        if event.event == "start":
-            book.total += book.last - book.began
-            book.began = book.waiting_since = event.t
-            book.trained_since = 0.0
+        _note_launchers(book, event)
         book.last = max(book.last, event.t)
         if event.event == "save":
             book.saving += float(event.get("stall_s") or event.get("seconds") or 0.0)
@@ -80,6 +78,20 @@ def account(events: Iterable[Event]) -> Goodput:
         repeated=book.repeated,
         save_failures=tuple(failures),
     )
+
+
+def _note_launchers(book: _Account, event: Event) -> None:
+    """The clock runs while a launcher does. A node that joins a job which goes on begins nothing."""
+    if event.event == "generation":
+        book.launchers.clear()  # one supervisor alone holds the run: whoever was there before is gone
+    elif event.event == "start":
+        if not book.launchers:
+            book.total += book.last - book.began if book.began else 0.0
+            book.began = book.waiting_since = event.t
+            book.trained_since = 0.0
+        book.launchers.add((event.host, event.pid))
+    elif event.event == "finish":
+        book.launchers.discard((event.host, event.pid))
 
 
 def _note_training(book: _Account, event: Event) -> None:
