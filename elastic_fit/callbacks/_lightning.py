@@ -30,6 +30,17 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
+def validates_next(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the epoch's last batch."""
+    every = trainer.check_val_every_n_epoch
+    is_due = every is None or (trainer.current_epoch + 1) % every == 0
+    return trainer.enable_validation and sum(_as_list(trainer.num_val_batches)) > 0 and is_due
+
+
+def _as_list(numbers: Any) -> list[float]:
+    return list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
+
+
 def capture(trainer: pl.Trainer, *, weights_only: bool = False) -> dict[str, Any]:
     """Everything that Lightning puts into a checkpoint. Collective where the strategy is sharded."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)

@@ -143,9 +143,11 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _save_due(self, trainer: pl.Trainer, kind: str) -> None:
         candidates = self._monitor_candidates(trainer)
-        stale = self.monitor is not None and (self.monitor not in candidates or _lightning.is_last_batch(trainer))
+        is_missing = self.monitor is not None and self.monitor not in candidates
+        is_stale = self.monitor is not None and _lightning.is_last_batch(trainer) and _lightning.validates_next(trainer)
         with self._purpose(kind):
-            if stale:
+            if is_missing or is_stale:
+                self._defer_save_until_validation = True
                 self.save_unranked(trainer)
             else:
                 self._save_topk_checkpoint(trainer, candidates)
@@ -154,12 +156,24 @@ class ElasticCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if epochs say so."""
         with self._purpose("epoch"):
+            self._rank_deferred(trainer)
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if epochs say so and validation is what they end with."""
         with self._purpose("epoch"):
+            self._rank_deferred(trainer)
             super().on_validation_end(trainer, pl_module)
+
+    def _rank_deferred(self, trainer: pl.Trainer) -> None:
+        """The metric that a save by steps or time had to do without is there now: rank this state by it."""
+        if not self._defer_save_until_validation or self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor in candidates:
+            self._defer_save_until_validation = False
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     # saving
 
@@ -213,7 +227,11 @@ class ElasticCheckpoint(ModelCheckpoint):
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's state, and when the last save was."""
+        """ModelCheckpoint's state, and when the last save was.
+
+        By the wall clock: a count of seconds in training would start anew with each restart from this checkpoint, and
+        a run that fails more often than the interval would never save again.
+        """
         return {**super().state_dict(), "saved_at": time.time()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
