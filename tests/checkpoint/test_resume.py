@@ -1,0 +1,151 @@
+"""Resuming without the launcher: from the newest valid checkpoint, and from nothing that isn't whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid
+from tests.checkpoint.models import At, Line, fall_over, names, trainer
+
+
+class Steps(pl.Callback):
+    """Notes the global step at the end of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        self.seen.append(trainer.global_step)
+
+
+def interrupted(folder: Path, at: int = 7, every: int = 2) -> None:
+    """A training that dies at step `at`, after saves every two steps."""
+    checkpoint = ElasticCheckpoint(dirpath=folder, every_n_train_steps=every, keep=9)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        trainer(folder, checkpoint, At(at, fall_over)).fit(Line())
+
+
+def resumed(folder: Path, resume: object = "auto", **options: object) -> list[int]:
+    """The steps that a second run does."""
+    steps = Steps()
+    checkpoint = ElasticCheckpoint(dirpath=folder, every_n_train_steps=2, keep=9, resume=resume)
+    trainer(folder, steps, checkpoint, **options).fit(Line())
+    return steps.seen
+
+
+def test_auto_goes_on_from_the_newest(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    assert resumed(tmp_path) == list(range(7, 17))
+
+
+def test_auto_in_an_empty_folder_starts_at_step_0(tmp_path: Path) -> None:
+    assert resumed(tmp_path)[0] == 1
+
+
+def test_a_truncated_newest_is_passed_over_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    interrupted(tmp_path)
+    newest = latest_valid(tmp_path).chosen
+    assert newest is not None
+    with newest.path.open("r+b") as file:
+        file.truncate(100)
+    with caplog.at_level("INFO"):
+        assert resumed(tmp_path)[0] == 5
+    assert f"not resuming from {newest.path}" in caplog.text
+    assert "100 bytes" in caplog.text
+
+
+def test_one_flipped_bit_is_enough_to_be_passed_over(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    newest = latest_valid(tmp_path).chosen
+    assert newest is not None
+    data = bytearray(newest.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.path.write_bytes(data)
+    assert resumed(tmp_path)[0] == 5
+
+
+def test_when_every_checkpoint_is_bad_it_refuses_and_never_starts_at_step_0(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    for path in tmp_path.glob("*.ckpt"):
+        path.write_bytes(b"")
+    with pytest.raises(ElasticFitError, match="none of the 3 checkpoints") as refusal:
+        resumed(tmp_path)
+    assert "start over" in refusal.value.hint
+
+
+def test_a_named_checkpoint_is_resumed_from_and_a_torn_one_refused(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    named = next(tmp_path.glob("*step=4.ckpt"))
+    assert resumed(tmp_path, resume=named)[0] == 5
+    named.write_bytes(b"torn")
+    with pytest.raises(ElasticFitError, match="can't be resumed from"):
+        resumed(tmp_path, resume=named)
+
+
+def test_what_holds_nan_is_kept_and_never_selected(tmp_path: Path) -> None:
+    def poison(trainer: pl.Trainer) -> None:
+        with torch.no_grad():
+            trainer.lightning_module.layer.weight.fill_(float("nan"))
+
+    checkpoint = ElasticCheckpoint(dirpath=tmp_path, every_n_train_steps=2, keep=9)
+    trainer(tmp_path, At(5, poison), checkpoint, max_epochs=1).fit(Line())
+    assert len(names(tmp_path)) == 4
+    selection = latest_valid(tmp_path)
+    assert selection.chosen is not None
+    assert selection.chosen.manifest.step == 4
+    assert "NaN" in selection.rejected[0].why
+
+
+def test_retention_does_not_count_what_holds_nan(tmp_path: Path) -> None:
+    def poison(trainer: pl.Trainer) -> None:
+        with torch.no_grad():
+            trainer.lightning_module.layer.weight.fill_(float("nan"))
+
+    checkpoint = ElasticCheckpoint(dirpath=tmp_path, every_n_train_steps=1, keep=2)
+    trainer(tmp_path, At(4, poison), checkpoint, max_epochs=2).fit(Line())
+    chosen = latest_valid(tmp_path).chosen
+    assert chosen is not None
+    assert chosen.manifest.step == 3
+
+
+def test_a_disk_that_refuses_does_not_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "checkpoints"
+
+    def swap_for_a_file(trainer: pl.Trainer) -> None:
+        folder.rename(tmp_path / "before")
+        folder.write_text("in the way")
+
+    def swap_back(trainer: pl.Trainer) -> None:
+        folder.unlink()
+        (tmp_path / "before").rename(folder)
+
+    checkpoint = ElasticCheckpoint(dirpath=folder, every_n_train_steps=2, keep=9, enable_version_counter=False)
+    training = trainer(tmp_path, At(3, swap_for_a_file), At(5, swap_back), checkpoint, max_epochs=1)
+    training.fit(Line())
+    assert training.global_step == 8
+    assert [name.split("step=")[1] for name in names(folder)] == ["2.ckpt", "6.ckpt", "8.ckpt"]
+    assert str(folder) in caplog.text
+
+
+def test_nothing_is_left_behind_by_fast_dev_run(tmp_path: Path) -> None:
+    trainer(tmp_path, ElasticCheckpoint(dirpath=tmp_path / "x", every_n_train_steps=1), fast_dev_run=3).fit(Line())
+    assert names(tmp_path / "x") == []
+
+
+def test_early_stopping_counts_on_after_a_resume(tmp_path: Path) -> None:
+    def fit(at: int | None) -> int:
+        patience = EarlyStopping("train_loss", patience=3, check_on_train_epoch_end=True, min_delta=1e9)
+        checkpoint = ElasticCheckpoint(dirpath=tmp_path, every_n_epochs=1, keep=9, resume="auto")
+        stumble = [At(at, fall_over)] if at else []
+        training = trainer(tmp_path, patience, *stumble, checkpoint, max_epochs=20)
+        training.fit(Line())
+        return training.current_epoch
+
+    with pytest.raises(RuntimeError):
+        fit(at=20)
+    assert fit(at=None) == 4
