@@ -265,6 +265,11 @@ class RunCheckpoint(ElasticCheckpoint):
         self._active = False
         self._guard = StepGuard()
 
+    @property
+    def state_key(self) -> str:
+        """The same whatever the flags are: a command line may change between two starts of a run."""
+        return "elastic_fit.RunCheckpoint"
+
     def assign(self, folder: Path | None, point: ResumePoint | None) -> None:
         """Which folder the coming ``fit`` saves to, and where it goes on from; no folder, no saves."""
         self.dirpath = str(folder) if folder else None

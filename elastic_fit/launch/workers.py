@@ -50,6 +50,7 @@ class Nursery:
         if adopt:
             watch.adopt_orphans()
         self._modules: list[str] = []
+        self._exits_heard: list[Exit] = []
         self._start()
 
     def _start(self) -> None:
@@ -157,8 +158,6 @@ class Nursery:
     def _sweep(self) -> None:
         if self._adopt:
             watch.kill_descendants()
-
-    _exits_heard: list[Exit] = []  # noqa: RUF012 - replaced, never changed in place
 
     def _send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from elastic_fit import ElasticCheckpoint, latest_valid
+from elastic_fit import ElasticCheckpoint
 from elastic_fit.callbacks.cadence import Cadence
 from tests.checkpoint.models import At, ByHand, Line, Validated, fall_over, names, steps, trainer
 

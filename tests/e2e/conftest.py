@@ -1,0 +1,84 @@
+"""The whole command inside the test's own process: one nursery for all tests, real workers, real run folders."""
+
+from __future__ import annotations
+
+import io
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.launch.parser import parse
+from elastic_fit.launch.render import Console
+from elastic_fit.launch.run import launch
+from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.ledger import Event, read
+from elastic_fit.supervisor.store import CheckpointStore
+
+PRELUDE = (Path(__file__).parent / "prelude.py").read_text()
+"""What the scripts of these tests have in common; it stands in front of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    said: str
+    """What the launcher told the person."""
+    run: Path
+
+    def events(self, name: str) -> list[Event]:
+        return [event for event in read(self.run / "events.jsonl") if event.event == name]
+
+    def output(self) -> str:
+        """What all workers of all attempts printed."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self.run.glob("logs/*/*.*")))
+
+    def notes(self, name: str) -> list[str]:
+        """What the script noted with ``note(name, ...)``, in order."""
+        path = self.run.parent / f"{name}.notes"
+        return path.read_text().split() if path.exists() else []
+
+    def steps(self, fit: int = 1) -> list[int]:
+        """The steps of the committed checkpoints, oldest first."""
+        store = CheckpointStore(self.run / "checkpoints" / f"fit-{fit}")
+        return sorted(one.manifest.step for one in store.committed())
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery(warm=True)
+    yield nursery
+    nursery.close()
+
+
+Elastic = Callable[..., Outcome]
+
+
+@pytest.fixture
+def elastic(nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elastic:
+    """Run ``elastic-fit script.py ...`` with a script of the test's own, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(body: str, *flags: str, workers: int = 2, args: tuple[str, ...] = ()) -> Outcome:
+        script = tmp_path / "train.py"
+        script.write_text(PRELUDE + textwrap.dedent(body))
+        err = io.StringIO()
+        console = Console(out=io.StringIO(), err=err)
+        argv = ["--run-dir", str(tmp_path / "run"), "--nproc-per-node", str(workers), *flags, str(script), *args]
+        try:
+            code = int(launch(parse(argv), console, nursery))
+        except ElasticFitError as error:
+            console.error(error)
+            code = error.exit_code
+        return Outcome(code, err.getvalue(), tmp_path / "run")
+
+    return run
+
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
