@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.errors import StorageError, UsageError
 
 SCHEMA_VERSION = 1
 
@@ -58,7 +58,8 @@ class RunDir:
     def create(self, *, command: list[str]) -> Identity:
         """Make the folder, or take the one that is there; returns who the run is.
 
-        Raises StorageError where the folder can't be made, read or written.
+        Raises UsageError where it is the wrong folder (not ours to read or write, or no folder), StorageError where
+        the disk refuses.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,8 @@ class RunDir:
                 raise PermissionError(13, "not writable", str(self.root))
             return Identity.parse(self.identity.read_text())
         except OSError as error:
-            raise StorageError(
+            is_wrong_folder = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
+            raise (UsageError if is_wrong_folder else StorageError)(
                 f"the run folder {self.root} can't be used: {error.strerror or error}",
                 hint="give another one with --run-dir, or mend its permissions",
             ) from error

@@ -1,0 +1,103 @@
+"""The command as it is typed: exit status, lines, no traceback of ours, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_fit import ElasticFitError
+
+
+def elastic_fit(*argv: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "elastic_fit", *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **variables},
+    )
+
+
+def test_a_mistake_is_two_lines_and_exit_2(tmp_path: Path) -> None:
+    done = elastic_fit("--no-warm", "--nnodes", "4:1", "train.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == ["error", "hint"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_shows_the_truth_and_touches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit(9)\n")
+    done = elastic_fit("train.py", "--dry-run", "--nproc-per-node", "2", "--lr", "0.1", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "would run  train.py --lr 0.1" in done.stderr
+    assert "none: starting at step 0" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_a_syntax_error_in_the_script_is_shown_as_python_shows_it(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("def train(:\n")
+    done = elastic_fit("train.py", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "SyntaxError" in done.stderr
+    assert "elastic_fit/launch" not in done.stderr
+
+
+def test_a_run_folder_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "taken").write_text("")
+    done = elastic_fit("train.py", "--run-dir", "taken", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "taken" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_data_on_stdout(tmp_path: Path) -> None:
+    done = elastic_fit("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "--checkpoint-interval" in done.stdout
+    assert "--nproc-per-node" in done.stdout
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print('x\\n' * 100_000, flush=True)\nopen('done', 'w')\n")
+    command = f"{sys.executable} -m elastic_fit train.py --no-warm 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=120, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("variable", ["ELASTIC_FIT_KEEP"])
+def test_a_bad_variable_is_a_usage_error_too(tmp_path: Path, variable: str) -> None:
+    (tmp_path / "train.py").write_text("")
+    done = elastic_fit("train.py", "--no-warm", cwd=tmp_path, **{variable: "many"})
+    assert done.returncode == 2
+    assert "many" in done.stderr
+
+
+def test_errors_keep_their_fields_when_they_are_pickled() -> None:
+    import pickle
+
+    again = pickle.loads(pickle.dumps(ElasticFitError("what happened", hint="what to do")))
+    assert (again.message, again.hint, str(again)) == ("what happened", "what to do", "what happened")
+
+
+@pytest.mark.system
+def test_a_run_folder_that_one_may_not_read_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "theirs").mkdir(mode=0o000)
+    without_override = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    done = subprocess.run(
+        [*without_override, sys.executable, "-m", "elastic_fit", "train.py", "--run-dir", "theirs/run", "--no-warm"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "theirs/run" in done.stderr
+    assert "Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,112 @@
+"""Reading command lines: torchrun's unchanged, ours after the script, mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.launch.parser import parse, parse_duration
+from elastic_fit.supervisor.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("")
+
+
+TORCHRUN_LINES = [
+    "--nnodes 1 --nproc-per-node 2 train.py --lr 0.1",
+    "--nnodes=1 --nproc_per_node=2 train.py --lr 0.1",
+    "--standalone --nproc-per-node 2 train.py --lr 0.1",
+    "--nnodes 1:4 --nproc-per-node 2 --rdzv-id job --rdzv-backend c10d --rdzv-endpoint host:29400 train.py --lr 0.1",
+    "--nnodes 2 --nproc-per-node 2 --node-rank 1 --master-addr host --master-port 1234 train.py --lr 0.1",
+    "--max-restarts 3 --monitor-interval 1 --log-dir logs -r 3 -t 3 --nproc-per-node 2 train.py --lr 0.1",
+    "-t0:1,1:3 --nproc-per-node 2 --local-ranks-filter 0 train.py --lr 0.1",
+    "--nproc-per-node 2 --role trainer --rdzv-conf last_call_timeout=5,timeout=9 -- train.py --lr 0.1",
+]
+
+
+@pytest.mark.parametrize("line", TORCHRUN_LINES)
+def test_torchruns_lines_mean_what_they_mean_to_torchrun(line: str) -> None:
+    from torch.distributed.run import parse_args
+
+    theirs = vars(parse_args(line.replace("-- train", "train").split()))
+    ours = vars(parse(line.split()).torchrun)
+    same = {name for name in theirs if name not in ("max_restarts", "training_script_args")}
+    assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
+    assert parse(line.split()).script_args == ("--lr", "0.1")
+
+
+def test_pet_variables_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "3")
+    monkeypatch.setenv("PET_MAX_RESTARTS", "7")
+    parsed = parse(["train.py"])
+    assert parsed.torchrun.nproc_per_node == "3"
+    assert parsed.max_restarts == 7
+
+
+def test_our_variables_are_honoured_and_flags_outrank_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_FIT_KEEP", "7")
+    monkeypatch.setenv("ELASTIC_FIT_CHECKPOINT_INTERVAL", "2m")
+    assert parse(["train.py"]).settings.keep == 7
+    assert parse(["train.py"]).settings.checkpoint_interval_s == 120
+    assert parse(["train.py", "--keep", "2"]).settings.keep == 2
+
+
+def test_script_first_takes_our_flags_out_of_what_follows() -> None:
+    parsed = parse(
+        ["train.py", "--nnodes", "1:4", "--lr", "0.1", "--nproc_per_node=2", "--checkpoint-steps", "50", "--flag"]
+    )
+    assert parsed.script_args == ("--lr", "0.1", "--flag")
+    assert parsed.torchrun.nnodes == "1:4"
+    assert parsed.torchrun.nproc_per_node == "2"
+    assert parsed.settings.checkpoint_steps == 50
+
+
+def test_script_first_up_to_the_double_dash() -> None:
+    parsed = parse(["train.py", "--keep", "5", "--", "--keep", "9", "--help"])
+    assert parsed.settings.keep == 5
+    assert parsed.script_args == ("--keep", "9", "--help")
+
+
+def test_flags_first_leaves_everything_after_the_script_to_it() -> None:
+    parsed = parse(["--keep", "5", "train.py", "--keep", "9", "--nnodes", "7"])
+    assert parsed.settings.keep == 5
+    assert parsed.script_args == ("--keep", "9", "--nnodes", "7")
+
+
+def test_a_module(tmp_path: Path) -> None:
+    parsed = parse(["-m", "package.train", "--lr", "1"])
+    assert parsed.module
+    assert parsed.script == "package.train"
+    assert parsed.run_dir == Path("runs/package_train")
+
+
+MISTAKES = {
+    "--nproc 2 train.py": "unknown flag --nproc",
+    "--chekpoint-steps 5 train.py": "did you mean --checkpoint-steps",
+    "missing.py": "there is no script missing.py",
+    "--nnodes 4:1 train.py": "--nnodes 4:1",
+    "--nnodes some train.py": "--nnodes some",
+    "--max-restarts -1 train.py": "below zero",
+    "--checkpoint-interval soon train.py": "not a duration",
+    "--keep 0 train.py": "not a whole number above zero",
+    "-m --no-python train.py": "exclude each other",
+    "--nproc-per-node 2": "required",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_named_with_a_hint(line: str) -> None:
+    with pytest.raises(UsageError) as mistake:
+        parse(line.split())
+    assert MISTAKES[line] in f"{mistake.value.message} {mistake.value.hint}"
+    assert mistake.value.hint
+    assert "\n" not in mistake.value.message
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("500ms", 0.5), ("30s", 30), ("5m", 300), ("1.5h", 5400)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds

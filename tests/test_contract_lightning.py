@@ -1,0 +1,102 @@
+"""The private names of Lightning and torch that ``callbacks/_lightning.py`` touches.
+
+Hold for Lightning 2.6 and torch 2.10 to 2.13. A failure here after an upgrade says which adapter has to be looked at.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from tests.checkpoint.models import Line, trainer
+
+
+def test_the_versions_that_this_contract_names() -> None:
+    assert pl.__version__.split(".")[:2] == ["2", "6"]
+    assert (2, 10) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <= (2, 13)
+
+
+def test_the_epoch_loop_says_whether_gradients_are_half_accumulated(tmp_path) -> None:
+    training = trainer(tmp_path)
+    assert callable(training.fit_loop.epoch_loop._should_accumulate)
+    assert training.fit_loop.epoch_loop.batch_progress.is_last_batch is False
+
+
+def test_the_checkpoint_connector_dumps_and_restores() -> None:
+    assert list(inspect.signature(_CheckpointConnector.dump_checkpoint).parameters) == ["self", "weights_only"]
+    restore = inspect.signature(_CheckpointConnector._restore_modules_and_callbacks)
+    assert list(restore.parameters) == ["self", "checkpoint_path", "weights_only"]
+    assert "_restore_modules_and_callbacks" in inspect.getsource(pl.Trainer._run)
+
+
+def test_a_captured_state_names_the_progress_that_a_rescue_puts_back(tmp_path) -> None:
+    training = trainer(tmp_path, max_epochs=1)
+    training.fit(Line())
+    state = training._checkpoint_connector.dump_checkpoint(False)["loops"]["fit_loop"]
+    counts = {"ready", "started", "processed", "completed"}
+    assert set(state["epoch_loop.batch_progress"]["current"]) == counts
+    assert set(state["epoch_loop.batch_progress"]["total"]) == counts
+    assert "is_last_batch" in state["epoch_loop.batch_progress"]
+    assert "_batches_that_stepped" in state["epoch_loop.state_dict"]
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+def test_a_tuning_run_can_be_told_from_a_training(finder: type) -> None:
+    assert finder()._early_exit is False
+
+
+def test_who_writes_a_checkpoint() -> None:
+    assert "save_checkpoint" not in vars(DDPStrategy)
+    assert "save_checkpoint" in vars(ModelParallelStrategy)
+    assert list(inspect.signature(Strategy.save_checkpoint).parameters) == [
+        "self",
+        "checkpoint",
+        "filepath",
+        "storage_options",
+    ]
+
+
+def test_the_world_is_checked_in_one_place() -> None:
+    parameters = inspect.signature(TorchElasticEnvironment.validate_settings).parameters
+    assert list(parameters) == ["self", "num_devices", "num_nodes"]
+
+
+def test_torch_writes_shards_through_streams_and_keeps_a_default_store() -> None:
+    assert list(inspect.signature(FileSystem.create_stream).parameters) == ["self", "path", "mode"]
+    assert callable(distributed_c10d._get_default_store)
+
+
+def test_model_checkpoint_has_the_hooks_that_ours_overrides() -> None:
+    names = {
+        "_save_topk_checkpoint": ["self", "trainer", "monitor_candidates"],
+        "_save_last_checkpoint": ["self", "trainer", "monitor_candidates"],
+        "_save_checkpoint": ["self", "trainer", "filepath"],
+        "_link_checkpoint": ["trainer", "filepath", "linkpath"],
+        "_should_skip_saving_checkpoint": ["self", "trainer"],
+        "_monitor_candidates": ["self", "trainer"],
+    }
+    for name, parameters in names.items():
+        assert list(inspect.signature(getattr(ModelCheckpoint, name)).parameters) == parameters
+    state = vars(ModelCheckpoint())
+    assert {"_last_global_step_saved", "_defer_save_until_validation", "_every_n_epochs"} <= set(state)
+
+
+def test_fit_takes_the_arguments_that_the_launcher_passes_on() -> None:
+    assert list(inspect.signature(pl.Trainer.fit).parameters) == [
+        "self",
+        "model",
+        "train_dataloaders",
+        "val_dataloaders",
+        "datamodule",
+        "ckpt_path",
+        "weights_only",
+    ]
