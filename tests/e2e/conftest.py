@@ -57,26 +57,36 @@ def nursery() -> Iterator[Nursery]:
     nursery.close()
 
 
+Launched = Callable[..., Outcome]
 Elastic = Callable[..., Outcome]
 
 
 @pytest.fixture
-def elastic(nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Elastic:
-    """Run ``elastic-fit script.py ...`` with a script of the test's own, in a folder of its own."""
+def launched(nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """Run ``elastic-fit`` with these arguments, in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
 
-    def run(body: str, *flags: str, workers: int = 2, args: tuple[str, ...] = ()) -> Outcome:
-        script = tmp_path / "train.py"
-        script.write_text(PRELUDE + textwrap.dedent(body))
+    def run(*argv: str) -> Outcome:
         err = io.StringIO()
         console = Console(out=io.StringIO(), err=err)
-        argv = ["--run-dir", str(tmp_path / "run"), "--nproc-per-node", str(workers), *flags, str(script), *args]
         try:
-            code = int(launch(parse(argv), console, nursery))
+            code = int(launch(parse(["--run-dir", str(tmp_path / "run"), *argv]), console, nursery))
         except ElasticFitError as error:
             console.error(error)
             code = error.exit_code
         return Outcome(code, err.getvalue(), tmp_path / "run")
+
+    return run
+
+
+@pytest.fixture
+def elastic(launched: Launched, tmp_path: Path) -> Elastic:
+    """Run ``elastic-fit train.py`` with a script of the test's own."""
+
+    def run(body: str, *flags: str, workers: int = 2, args: tuple[str, ...] = ()) -> Outcome:
+        script = tmp_path / "train.py"
+        script.write_text(PRELUDE + textwrap.dedent(body))
+        return launched("--nproc-per-node", str(workers), *flags, str(script), *args)
 
     return run
 
