@@ -12,7 +12,7 @@ from elastic_fit.callbacks import session
 from elastic_fit.supervisor.board import Board
 from elastic_fit.supervisor.context import WorkerContext
 
-_TRAINER_MODULE = "lightning.pytorch.trainer.trainer"
+_LIGHTNING = "lightning.pytorch"
 
 
 def install(context: WorkerContext, board: Board) -> None:
@@ -21,7 +21,7 @@ def install(context: WorkerContext, board: Board) -> None:
     Lightning is adapted as soon as it is imported, by whomever; a script that never imports it never pays for it.
     """
     session.begin(context, board)
-    if _TRAINER_MODULE in sys.modules:
+    if _LIGHTNING in sys.modules:
         _adapt()
     else:
         sys.meta_path.insert(0, _AfterImport())
@@ -34,13 +34,13 @@ def _adapt() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Adapts Lightning right after its trainer module has been executed, once."""
+    """Adapts Lightning right after its package has been executed, once."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Let the others find the module, and wrap its loader."""
-        if name != _TRAINER_MODULE:
+        if name != _LIGHTNING:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)

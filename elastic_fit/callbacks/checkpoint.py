@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -281,10 +280,10 @@ class RunCheckpoint(ElasticCheckpoint):
         """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""
         if not self._active or stage != "fit":
             return
-        with warnings.catch_warnings():
-            # A run's folder that holds its checkpoints is no surprise.
-            warnings.filterwarnings("ignore", message=".*exists and is not empty")
-            super().setup(trainer, pl_module, stage)
+        # With nothing to keep, Lightning doesn't warn of a folder that holds something: a run's own is no surprise.
+        kept, self.save_top_k = self.save_top_k, 0
+        super().setup(trainer, pl_module, stage)
+        self.save_top_k = kept
         checkpoints = self._worker.folder.checkpoints
         Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import select
@@ -34,7 +34,9 @@ from elastic_fit.supervisor import watch
 MESSAGE_BYTES = 1 << 20
 BOARD_DESCRIPTOR = 150
 """Number under which a worker finds its board (``/proc/self/fd/150``); well above what imports leave open."""
-WARM_MODULES = ("torch", "torch.distributed", "lightning.pytorch", "elastic_fit.callbacks")
+WARM_MODULES = ("torch", "torch.distributed", "lightning.pytorch", "elastic_fit.callbacks.adaptation")
+STORAGE_MODULES = ("s3fs", "gcsfs", "adlfs")
+"""What Lightning imports in each worker, where it is installed, to see what kind of storage a folder lies on."""
 _QUIET_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
@@ -215,7 +217,7 @@ def main() -> int:
     os.setsid()
     watch.adopt_orphans()
     if sys.argv[2] == "warm":
-        _preload(list(WARM_MODULES))
+        _preload([*WARM_MODULES, *(name for name in STORAGE_MODULES if importlib.util.find_spec(name))])
     job = Server(channel).serve()
     if job is None:
         return 0

@@ -31,6 +31,12 @@ def test_a_killed_worker_costs_no_step(elastic: Elastic) -> None:
     assert outcome.events("recovered")[0]["total_s"] > 0
 
 
+def test_fresh_interpreters_recover_as_well(elastic: Elastic) -> None:
+    outcome = elastic("trainer(At(5, die, rank=1), max_epochs=1).fit(Model())\n", "--no-warm")
+    assert outcome.code == 0
+    assert outcome.notes("trained") == EVERY_STEP_ONCE[:8]
+
+
 def test_all_workers_killed_at_once_go_on_from_the_last_checkpoint(elastic: Elastic) -> None:
     outcome = elastic("trainer(At(7, die)).fit(Model())\n", "--checkpoint-steps", "3")
     assert outcome.code == 0
