@@ -193,11 +193,15 @@ class _Node:
         from elastic_fit.launch.planner import Planner
 
         interface = interface_of(self.invocation.torchrun.local_addr or own_address())
+        begun: list[int] = []
 
         def plan(
             worker: Worker, number: int, environment: dict[str, str], resume: tuple[ResumePoint, ...]
         ) -> WorkerPlan:
             planner = Planner(self.invocation, self.folder, self.identity.run_id, rendezvous.generation)
+            if not begun:
+                begun.append(rendezvous.generation)
+                self.console.start(self.invocation, self.folder, begun[0], resume, planner.logs_root)
             if environment["GROUP_WORLD_SIZE"] != "1" and interface and "GLOO_SOCKET_IFNAME" not in os.environ:
                 environment = {**environment, "GLOO_SOCKET_IFNAME": interface}
             return planner(worker, number, environment, resume)

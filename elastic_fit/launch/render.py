@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from elastic_fit.supervisor.goodput import Goodput
     from elastic_fit.supervisor.policy import GiveUp, Restart, WorkerFailure
     from elastic_fit.supervisor.rundir import RunDir
-    from elastic_fit.supervisor.store import Lease
 
 NAME = "elastic-fit"
 TRACEBACK_LINES = 40
@@ -91,15 +90,13 @@ class Console:
             self.line(f"starting over; the old run is kept in {folder}")
 
     def start(
-        self, invocation: Invocation, folder: RunDir, lease: Lease, resume: Sequence[ResumePoint], shown: Path
+        self, invocation: Invocation, folder: RunDir, generation: int, resume: Sequence[ResumePoint], logs: Path
     ) -> None:
         """The five lines at the start."""
-        if lease.recovered:
-            self.line(lease.recovered)
         self.line(f"resume   {resume_text(resume)}")
         self.line(f"budget   {invocation.max_restarts} restarts without progress, then the run ends")
-        self.line(f"store    {folder.checkpoints} (generation {lease.generation}, {save_text(invocation)})")
-        self.line(f"logs     {shown}")
+        self.line(f"store    {folder.checkpoints} (generation {generation}, {save_text(invocation)})")
+        self.line(f"logs     {logs}")
         self.line(f"watch    tail -f {folder.events}   elastic-fit ls {folder.root}")
 
     def plan(self, invocation: Invocation, folder: RunDir, resume: Sequence[ResumePoint]) -> None:

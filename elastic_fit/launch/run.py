@@ -16,8 +16,6 @@ from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store import Lease, hold
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.rendezvous.api import RendezvousHandler
-
     from elastic_fit.launch.agent import ElasticAgent
     from elastic_fit.launch.parser import Invocation
     from elastic_fit.launch.planner import Planner
@@ -89,7 +87,9 @@ class _Launch:
             chooser = ResumeChooser(self.folder, ledger, self.invocation)
             resume = chooser()
             planner = Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation)
-            self.console.start(self.invocation, self.folder, self.lease, resume, planner.logs_root)
+            if self.lease.recovered:
+                self.console.line(self.lease.recovered)
+            self.console.start(self.invocation, self.folder, self.lease.generation, resume, planner.logs_root)
             self.nursery.preload(self.invocation.preload)
             agent = self._agent(ledger, chooser, latch, planner)
             agent.run()
@@ -111,14 +111,16 @@ class _Launch:
 
         from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
         from elastic_fit.launch.planner import program_of
+        from elastic_fit.launch.rendezvous import SoloRendezvous
         from elastic_fit.supervisor.policy import RestartPolicy
 
         args = self.invocation.torchrun
         program = program_of(self.invocation)
+        name = args.rdzv_id if args.rdzv_id not in ("none", "") else self.identity.run_id
         spec = WorkerSpec(
             role=args.role,
             local_world_size=determine_local_world_size(args.nproc_per_node),
-            rdzv_handler=_rendezvous(self.invocation, self.identity.run_id),
+            rdzv_handler=SoloRendezvous(name, port=args.master_port or 0),
             entrypoint=program.target,
             max_restarts=self.invocation.max_restarts,
             event_log_handler=args.event_log_handler,
@@ -139,32 +141,3 @@ class _Launch:
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
         )
-
-
-def _rendezvous(invocation: Invocation, run_id: str) -> RendezvousHandler:
-    """One node meets only itself; several meet as torchrun's flags say, with a fresh store each time."""
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-    from torch.distributed.elastic.rendezvous.utils import _parse_rendezvous_config
-    from torch.distributed.run import get_rdzv_endpoint, parse_min_max_nnodes
-
-    from elastic_fit.launch.rendezvous import IsolatedRendezvous, SoloRendezvous
-
-    args = invocation.torchrun
-    least, most = parse_min_max_nnodes(args.nnodes)
-    name = args.rdzv_id if args.rdzv_id not in ("none", "") else run_id
-    if most == 1 or args.standalone:
-        return SoloRendezvous(name, port=args.master_port or 0)
-    config = _parse_rendezvous_config(args.rdzv_conf)
-    if args.rdzv_backend == "static":
-        config["rank"] = args.node_rank
-    parameters = RendezvousParameters(
-        backend=args.rdzv_backend,
-        endpoint=get_rdzv_endpoint(args),
-        run_id=name,
-        min_nodes=least,
-        max_nodes=most,
-        local_addr=args.local_addr,
-        **config,
-    )
-    return IsolatedRendezvous(get_rendezvous_handler(parameters), address=args.local_addr)

@@ -385,7 +385,7 @@ def _lead(view: View, roster: Roster) -> Move:
     if roster.cause is Cause.START:
         missing += [p.profile.name for p in view.peers.values() if p.up and p.refusal is None and p.ready_for is None]
     if missing:
-        return Wait(why="waiting for workers to end" if roster.members else "waiting", missing=tuple(missing))
+        return Wait(why="waiting for workers to end" if roster.members else "", missing=tuple(missing))
     old = {member.node for member in roster.members}
     back = [peer.profile for peer in view.peers.values() if peer.profile.node in old and peer.is_ready(roster.round)]
     newcomers = _newcomers(view, roster)
