@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from datetime import timedelta
@@ -17,10 +18,12 @@ from elastic_fit.callbacks import _lightning, stop
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.resume import choose
-from elastic_fit.callbacks.seal import Purpose, Seals
+from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.store import CheckpointStore, LastN, surplus
+
+log = logging.getLogger("elastic_fit")
 
 
 class ElasticCheckpoint(ModelCheckpoint):
@@ -263,6 +266,7 @@ class RunCheckpoint(ElasticCheckpoint):
         self._point: ResumePoint | None = None
         self._active = False
         self._guard = StepGuard()
+        self._is_proven = False
 
     @property
     def state_key(self) -> str:
@@ -316,6 +320,21 @@ class RunCheckpoint(ElasticCheckpoint):
             return
         saved = max(self._last_global_step_saved, self._unranked_step)
         rescue(trainer, self._make_store(Path(str(self.dirpath))), self._guard, exception, saved)
+
+    def _after_save(self, trainer: pl.Trainer) -> None:
+        super()._after_save(trainer)
+        if self._is_proven or not trainer.is_global_zero or self._worker.context.settings.load_unsafe:
+            return
+        self._is_proven = True
+        newest = Path(str(self.dirpath)) / f"step={trainer.global_step}.ckpt"
+        if why := why_unsafe(newest):
+            self._worker.ledger.write("unsafe", path=str(newest), why=why)
+            log.warning(
+                "elastic-fit: a restart won't be able to load %s: it holds more than tensors and plain values (%s). "
+                "Leave that out of save_hyperparameters() and the module's state, or start with --load-unsafe.",
+                newest,
+                why,
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last save of a fit says that it has ended, and how."""

@@ -14,5 +14,6 @@ def callbacks() -> list[Callback]:
         return []
     from elastic_fit.callbacks.beat import Beat
     from elastic_fit.callbacks.checkpoint import RunCheckpoint
+    from elastic_fit.callbacks.progress import RunProgress
 
-    return [Beat(worker.board), RunCheckpoint(worker)]
+    return [Beat(worker.board), RunProgress(worker), RunCheckpoint(worker)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -197,6 +199,22 @@ def persist(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, fa
             return staged.commit(facts).manifest.total_bytes
     except OSError as error:
         raise SaveFailed(store.root / name, error) from error
+
+
+def why_unsafe(path: Path) -> str | None:
+    """Why a checkpoint can't be loaded with ``weights_only=True``, which is how it will be resumed from; or None.
+
+    The tensors are not read. Of a folder of shards, the part that holds the hyperparameters is looked at.
+    """
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        torch.load(file, weights_only=True, mmap=True, map_location="meta")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(GLOBAL|global) (\S+)", str(error))
+        return found[2].strip("`") if found else str(error).splitlines()[0]
+    except (OSError, RuntimeError):
+        return None  # another look, at the resume, will say what is wrong with it
+    return None
 
 
 def is_finite(checkpoint: Mapping[str, Any]) -> bool:

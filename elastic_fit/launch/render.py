@@ -161,7 +161,9 @@ def save_text(invocation: Invocation) -> str:
 
 
 def hint_for(root: WorkerFailure) -> str:
-    """What a death by signal usually means."""
+    """What a death by signal, or an error that is known, usually means."""
+    if "Weights only load failed" in root.traceback:
+        return "the checkpoint holds more than tensors (a Path in the hyperparameters?): --load-unsafe loads it anyway"
     return {
         "SIGKILL": "SIGKILL often is the kernel's out-of-memory killer: look at dmesg and at the cgroup's limit",
         "SIGSEGV": "a segmentation fault: set PYTHONFAULTHANDLER=1 for a stack",

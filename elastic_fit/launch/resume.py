@@ -40,6 +40,8 @@ class ResumeChooser:
         Raises NoValidCheckpoint where there are checkpoints and none of them can be used.
         """
         fits = sorted({*self._fits(), *([1] if self._explicit else [])})
+        if self._ledger is not None:
+            self._sweep(self._ledger)
         return tuple(point for number in fits if (point := self._choose(number)) is not None)
 
     def _fits(self) -> list[int]:
@@ -48,6 +50,16 @@ class ResumeChooser:
         except OSError as error:
             raise StorageError(f"can't read {self._folder.checkpoints}: {error.strerror}") from error
         return sorted(int(found[1]) for name in names if (found := _FIT.fullmatch(name)))
+
+    def _sweep(self, ledger: Ledger) -> None:
+        """Remove what interrupted saves have left: no worker of this run is alive when its resume point is chosen."""
+        generation = newest_generation(self._folder.generations) + 1
+        folders = [self._folder.fit(fit) for fit in self._fits()]
+        swept = [
+            str(folder / name) for folder in folders for name in CheckpointStore(folder, generation=generation).sweep()
+        ]
+        if swept:
+            ledger.write("swept", names=swept)
 
     def _choose(self, fit: int) -> ResumePoint | None:
         selection = CheckpointStore(self._folder.fit(fit)).latest_valid()

@@ -69,7 +69,7 @@ def account(events: Iterable[Event]) -> Goodput:
         _note_training(book, event)
         book.steps = max(book.steps, int(event.get("step") or 0))
     return Goodput(
-        total_s=book.total + book.last - book.began,
+        total_s=book.total + (book.last - book.began if book.began else 0.0),
         saving_s=book.saving,
         restarting_s=book.restarting,
         lost_s=book.lost,
@@ -83,15 +83,22 @@ def account(events: Iterable[Event]) -> Goodput:
 def _note_launchers(book: _Account, event: Event) -> None:
     """The clock runs while a launcher does. A node that joins a job which goes on begins nothing."""
     if event.event == "generation":
-        book.launchers.clear()  # one supervisor alone holds the run: whoever was there before is gone
+        _close(book)  # one supervisor alone holds the run: whoever was there before is gone
     elif event.event == "start":
         if not book.launchers:
-            book.total += book.last - book.began if book.began else 0.0
-            book.began = book.waiting_since = event.t
+            _close(book)
+            book.began = book.waiting_since = book.last = event.t
             book.trained_since = 0.0
         book.launchers.add((event.host, event.pid))
     elif event.event == "finish":
         book.launchers.discard((event.host, event.pid))
+
+
+def _close(book: _Account) -> None:
+    """The clock has stood still since the last event."""
+    book.total += book.last - book.began if book.began else 0.0
+    book.began = 0.0
+    book.launchers.clear()
 
 
 def _note_training(book: _Account, event: Event) -> None:
