@@ -1,0 +1,123 @@
+"""Hosts in network namespaces, each with a launcher, for the tests of jobs over several nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_fit.supervisor.ledger import Event, read
+from elastic_fit.supervisor.roster import Roster
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ROOT / "scripts" / "hosts"
+TRAIN = Path(__file__).with_name("train.py")
+COMMAND = (str(Path(sys.executable).with_name("elastic-fit")),)
+
+
+@dataclass
+class Launched:
+    """One launcher on one host."""
+
+    host: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+class Cluster:
+    """Use as a context manager: the hosts go away with all that runs on them."""
+
+    def __init__(self, folder: Path, count: int, *, prefix: str = "eft") -> None:
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self._count = count
+        self._environment = {**os.environ, "ELASTIC_FIT_HOSTS": prefix, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self._environment.pop("GLOO_SOCKET_IFNAME", None)
+        self._launched = 0
+
+    def __enter__(self) -> Cluster:
+        self.hosts("down")
+        self.hosts("up", str(self._count))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hosts("down")
+
+    def hosts(self, *args: str) -> str:
+        """Run scripts/hosts."""
+        done = subprocess.run([str(HOSTS), *args], env=self._environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def launch(
+        self, host: str, *, flags: tuple[str, ...] = (), nodes: str = "1:4", steps: int = 200, step_s: float = 0.05
+    ) -> Launched:
+        """Start a launcher that trains `steps` steps."""
+        script = (str(TRAIN), str(self.folder), str(steps), str(step_s))
+        return self.run(host, "--nnodes", nodes, "--run-dir", str(self.run_dir), *flags, *script)
+
+    def run(self, host: str, *args: str) -> Launched:
+        """Start a launcher with these arguments."""
+        self._launched += 1
+        log = self.folder / f"{host}.{self._launched}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [str(HOSTS), "exec", host, *COMMAND, *args],
+                env=self._environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        return Launched(host, process, log)
+
+    def kill_host(self, host: str) -> None:
+        """Everything on it dies at once."""
+        self.hosts("kill", host)
+
+    def kill_agent(self, launched: Launched) -> None:
+        """SIGKILL the launcher alone."""
+        launched.process.send_signal(signal.SIGKILL)
+
+    # what is seen
+
+    def steps(self) -> list[dict[str, Any]]:
+        """All steps that any rank has noted, in the order noted."""
+        try:
+            lines = (self.folder / "steps.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines]
+
+    def trains_with(self, world: int, *, after: float = 0.0) -> bool:
+        """Whether all ranks of a world of that size have done a step after that time."""
+        return len({s["rank"] for s in self.steps() if s["world"] == world and s["t"] > after}) == world
+
+    def events(self, name: str) -> list[Event]:
+        return [event for event in read(self.run_dir / "events.jsonl") if event.event == name]
+
+    def roster(self) -> Roster:
+        rosters = self.run_dir / "membership" / "rosters"
+        newest = max(int(path.stem) for path in rosters.glob("*.json"))
+        return Roster.parse((rosters / f"{newest}.json").read_bytes())
+
+    def processes(self, host: str) -> list[str]:
+        return self.hosts("pids", host).split()
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, tell: Callable[[], str] = str) -> float:
+    """Poll until `condition` holds; returns the seconds that took. AssertionError after `timeout_s`."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, f"it did not come about within {timeout_s} s\n{tell()}"
+        time.sleep(0.05)
+    return time.monotonic() - began
