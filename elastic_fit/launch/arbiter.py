@@ -62,6 +62,7 @@ class FolderArbiter:
         with _as_lost(self._rosters):
             while True:
                 newest = max(self._versions(), default=0)
+                self._check_is_the_same(newest)
                 if not newest:
                     return None
                 if self._newest is not None and self._newest[0] == newest:
@@ -76,6 +77,9 @@ class FolderArbiter:
         """See `Arbiter`."""
         with _as_lost(self._rosters):
             self._rosters.mkdir(parents=True, exist_ok=True)
+            # Only who sees the version before may add one: a folder that is merely empty decides nothing.
+            if max(self._versions(), default=0) != version - 1:
+                return False
             temporary = self._rosters / f".{os.getpid()}.{secrets.token_hex(8)}"
             _write_durably(temporary, document)
             try:
@@ -88,6 +92,14 @@ class FolderArbiter:
             if won:
                 self._prune(versions)
             return won
+
+    def _check_is_the_same(self, newest: int) -> None:
+        """Versions never go away, so a folder with older ones than before is another one: its mount is gone."""
+        if self._newest is not None and newest < self._newest[0]:
+            raise ArbiterLost(
+                f"{self._rosters} is not what it was: version {self._newest[0]} is gone",
+                hint="look at the mount of the run folder",
+            )
 
     def _link(self, temporary: Path, version: int) -> bool:
         try:

@@ -23,6 +23,7 @@ from elastic_fit.supervisor.board import StopMode
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.membership import NAMES_TOLD
 from elastic_fit.supervisor.policy import (
     Failure,
     GiveUp,
@@ -48,7 +49,8 @@ class ClusterAgent(ElasticAgent):
 
     Args:
         rendezvous: the members' meeting place, the same object as the spec's handler.
-        waiting: told, about once a second, what this node waits for.
+        waiting: told, about twice a second, what this node waits for.
+        news: told what has happened to the job, in a line for people.
     """
 
     def __init__(
@@ -61,10 +63,13 @@ class ClusterAgent(ElasticAgent):
         policy: RestartPolicy,
         limits: Limits,
         waiting: Callable[[str], None],
+        news: Callable[[str], None],
     ) -> None:
         super().__init__(spec, program, effects, policy=policy, limits=limits)
         self._rendezvous_of_nodes = rendezvous
         self._waiting = waiting
+        self._news = news
+        self._nodes: tuple[str, ...] = ()
         self._ended_for: Change | None = None
         self._unbound = effects.ledger
         rendezvous.lead(self._lead_round)
@@ -100,7 +105,20 @@ class ClusterAgent(ElasticAgent):
         self._resume = tuple(ResumePoint(**point) for point in facts["resume"])
         self._check_resume_is_visible()
         self._tell_failure(facts)
-        return self._fork(int(facts["attempt"]), group, started)
+        attempt = self._fork(int(facts["attempt"]), group, started)
+        self._tell_nodes(facts)
+        return attempt
+
+    def _tell_nodes(self, facts: Mapping[str, Any]) -> None:
+        """Who is in, where that has changed. A node alone that was never anything else has nothing to tell."""
+        before, self._nodes = self._nodes, self._rendezvous_of_nodes.names
+        if self._nodes == (before or self._nodes[:1]):
+            return
+        gone = ", ".join(facts.get("gone", ()))
+        step = max((point.step for point in self._resume), default=0)
+        count = f"{len(self._nodes)} node{'s' if len(self._nodes) > 1 else ''}"
+        names = ", ".join(self._nodes[:NAMES_TOLD]) + (" ..." if len(self._nodes) > NAMES_TOLD else "")
+        self._news(f"nodes    {count}: {names}{f'; without {gone}' if gone else ''}; going on from step {step}")
 
     def _check_resume_is_visible(self) -> None:
         for point in self._resume:
@@ -150,7 +168,7 @@ class ClusterAgent(ElasticAgent):
             "membership", change=change.cause.name.lower() if change.cause is not None else "fenced", why=change.why
         )
         if change.cause is not None:
-            self._waiting(change.why)
+            self._news(change.why)
         self._ended_for = change
         if change.cause is None:
             attempt.kill()
@@ -216,7 +234,7 @@ class ClusterAgent(ElasticAgent):
                 return Verdict(goes_on=False, status=int(Status.FAILED), facts={"why": "failed", "failure": told})
             restarts += 1
             self._wait_backoff(Restart(**told["decision"]))
-        self._write_round(gathered)
+        self._write_round(gathered, resume)
         return Verdict(
             goes_on=True,
             facts={
@@ -273,7 +291,7 @@ class ClusterAgent(ElasticAgent):
         }
         return history, told
 
-    def _write_round(self, gathered: Gathered) -> None:
+    def _write_round(self, gathered: Gathered, resume: Sequence[ResumePoint]) -> None:
         joined = [name for name in gathered.members if name not in gathered.previous]
         self._fx.ledger.write(
             "membership",
@@ -283,6 +301,10 @@ class ClusterAgent(ElasticAgent):
             joined=joined,
             lost=list(gathered.gone),
         )
+        if gathered.reports:
+            begin = max((point.step for point in resume), default=0)
+            end = max(begin, *(report.reached_step for report in gathered.reports))
+            self._fx.ledger.write("steps_repeated", from_step=begin, to_step=end, steps=end - begin)
 
 
 def point_exists(point: ResumePoint) -> bool:

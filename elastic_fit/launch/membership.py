@@ -219,6 +219,11 @@ class ElasticRendezvous(RendezvousHandler):
         return tuple(member.workers for member in self.roster.members) if self.roster is not None else ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each node of the current round, by node rank."""
+        return tuple(member.name for member in self.roster.members) if self.roster is not None else ()
+
+    @property
     def leads(self) -> bool:
         """Whether this node formed the current round."""
         return self.roster is not None and self.roster.leader == self._keeper.me.node
@@ -281,7 +286,7 @@ class ElasticRendezvous(RendezvousHandler):
                     return move, roster
                 keeper.changed.wait(0.5)
             if self.idle is not None:
-                self.idle(move.why if isinstance(move, Wait) else "")
+                self.idle(str(move) if isinstance(move, Wait) else getattr(move, "why", ""))
 
     def _form(self, move: Form, roster: Roster) -> int:
         """Form the next round; returns the version that was tried.

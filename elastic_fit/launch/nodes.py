@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +46,10 @@ FOLDER = "membership"
 ETCD_BACKENDS = ("etcd", "etcd-v2")
 BOUND_OF = {"silence": "silence_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
 """What of ``--rdzv-conf`` sets which limit, in seconds."""
+TELL_AFTER_S = 1.0
+"""How long something is waited for before a node says so."""
 TELL_EVERY_S = 10.0
-"""How often a node repeats what it waits for."""
+"""How often it repeats that."""
 
 
 def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> Status:
@@ -77,7 +79,8 @@ class _Node:
     nursery: Nursery
     folder: RunDir
     identity: Identity
-    _told: tuple[str, float] = field(default=("", 0.0))
+    _waits_for: str = ""
+    _tell_at_s: float = 0.0
 
     def run(self) -> Status:
         from elastic_fit.launch.signals import SignalLatch
@@ -186,6 +189,7 @@ class _Node:
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
             waiting=self._tell_wait,
+            news=self._tell_news,
         )
 
     def _planner(self, rendezvous: ElasticRendezvous) -> Plan:
@@ -209,12 +213,18 @@ class _Node:
         return plan
 
     def _tell_wait(self, why: str) -> None:
+        """Say what is waited for once that has lasted, and again from time to time."""
         now = time.monotonic()
-        is_news = why.split(";")[0] != self._told[0].split(";")[0]
-        if not why or not (is_news or now - self._told[1] >= TELL_EVERY_S):
-            return
-        self._told = (why, now)
-        self.console.line(why)
+        key = why.split(";")[0]
+        if key != self._waits_for:
+            self._waits_for, self._tell_at_s = key, now + TELL_AFTER_S
+        if why and now >= self._tell_at_s:
+            self._tell_at_s = now + TELL_EVERY_S
+            self.console.line(why)
+
+    def _tell_news(self, text: str) -> None:
+        self._waits_for = ""
+        self.console.line(text)
 
 
 def _config(text: str) -> dict[str, str]:

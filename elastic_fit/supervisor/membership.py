@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, count_flaps, put_off_s, seat
 
+NAMES_TOLD = 8
+"""How many names of nodes a line for people holds."""
 CONTACT_SAMPLE = 8
 """How many members a node from outside tries before it takes a round for dead."""
 
@@ -123,6 +125,11 @@ class Wait:
     why: str
     missing: tuple[str, ...] = ()
     """Names of those waited for."""
+
+    def __str__(self) -> str:
+        """For a person, in a line."""
+        more = f" and {len(self.missing) - NAMES_TOLD} more" if len(self.missing) > NAMES_TOLD else ""
+        return f"{self.why} {', '.join(self.missing[:NAMES_TOLD])}{more}".rstrip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,10 +333,23 @@ def _knock(view: View, roster: Roster) -> Move:
     if doors and all(peer is not None and _is_dead(peer, view.bounds) for peer in doors):
         return _call(view, roster, Cause.START, [member.node for member in roster.members])
     if any(peer is not None and peer.up for peer in doors):
-        return Wait(why="waiting to be let in")
+        return Wait(why=_why_outside(view, roster))
     if view.phase_s >= view.bounds.silence_s:
         return Fence(why="the job runs, and none of its nodes can be reached from here")
     return Wait(why="looking for the job's nodes")
+
+
+def _why_outside(view: View, roster: Roster) -> str:
+    if len(roster.members) >= view.bounds.most:
+        return f"a spare: all {view.bounds.most} places are taken"
+    flaps = roster.flaps.get(view.me.name, 0)
+    if put_off_s(flaps):
+        return f"put off for {put_off_s(flaps):.0f} s: {view.me.name} was lost {flaps} times soon after it had come"
+    return "waiting to be let in"
+
+
+def _nodes(count: int) -> str:
+    return "1 node is" if count == 1 else f"{count} nodes are"
 
 
 def _away(view: View) -> list[str]:
@@ -351,7 +371,7 @@ def _gather(view: View, roster: Roster) -> Move:
         return _lead(view, roster)
     leader = view.peers.get(roster.leader)
     if leader is None or not is_gone(leader, view.bounds):
-        return Wait(why="gathering", missing=(roster.leading.name if roster.leading else roster.leader,))
+        return Wait(why="the nodes gather with", missing=(roster.leading.name if roster.leading else roster.leader,))
     if _is_dead(leader, view.bounds):
         lost = tuple(dict.fromkeys((*roster.lost, roster.leader)))
         takes_over = roster.after(leader=view.me.node, leading=view.me, lost=lost)
@@ -385,7 +405,7 @@ def _lead(view: View, roster: Roster) -> Move:
     if roster.cause is Cause.START:
         missing += [p.profile.name for p in view.peers.values() if p.up and p.refusal is None and p.ready_for is None]
     if missing:
-        return Wait(why="waiting for workers to end" if roster.members else "", missing=tuple(missing))
+        return Wait(why="waiting for" if roster.members else "getting ready:", missing=tuple(missing))
     old = {member.node for member in roster.members}
     back = [peer.profile for peer in view.peers.values() if peer.profile.node in old and peer.is_ready(roster.round)]
     newcomers = _newcomers(view, roster)
@@ -396,7 +416,7 @@ def _lead(view: View, roster: Roster) -> Move:
         return _wait_for_minimum(view, roster, len(present))
     latest = min((peer.waited_s for peer in newcomers), default=view.phase_s)
     if roster.cause is Cause.START and len(present) < bounds.most and min(latest, view.phase_s) < bounds.gather_s:
-        return Wait(why=f"{len(present)} nodes are here, others may come")
+        return Wait(why=f"{_nodes(len(present))} here, others may come")
     members = seat(roster.members, present, bounds.most)
     if all(member.node != view.me.node for member in members):
         members = (*members[:-1], view.me)  # the leader serves the round's store: it has a seat

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from elastic_fit.supervisor.roster import Roster
 ROOT = Path(__file__).parents[2]
 HOSTS = ROOT / "scripts" / "hosts"
 TRAIN = Path(__file__).with_name("train.py")
+FIT = Path(__file__).with_name("fit.py")
 COMMAND = (str(Path(sys.executable).with_name("elastic-fit")),)
 
 
@@ -33,6 +35,10 @@ class Launched:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def told(self, text: str) -> bool:
+        """Whether the launcher itself has said this."""
+        return any(text in line for line in self.text().splitlines() if line.startswith("elastic-fit:"))
+
 
 class Cluster:
     """Use as a context manager: the hosts go away with all that runs on them."""
@@ -44,6 +50,7 @@ class Cluster:
         self._environment = {**os.environ, "ELASTIC_FIT_HOSTS": prefix, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._environment.pop("GLOO_SOCKET_IFNAME", None)
         self._launched = 0
+        self.launched: list[Launched] = []
 
     def __enter__(self) -> Cluster:
         self.hosts("down")
@@ -52,6 +59,8 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.hosts("down")
+        for launched in self.launched:
+            launched.process.wait(10)
 
     def hosts(self, *args: str) -> str:
         """Run scripts/hosts."""
@@ -59,11 +68,18 @@ class Cluster:
         return done.stdout
 
     def launch(
-        self, host: str, *, flags: tuple[str, ...] = (), nodes: str = "1:4", steps: int = 200, step_s: float = 0.05
+        self,
+        host: str,
+        *,
+        flags: tuple[str, ...] = (),
+        nodes: str = "1:4",
+        steps: int = 200,
+        step_s: float = 0.05,
+        script: Path = FIT,
     ) -> Launched:
         """Start a launcher that trains `steps` steps."""
-        script = (str(TRAIN), str(self.folder), str(steps), str(step_s))
-        return self.run(host, "--nnodes", nodes, "--run-dir", str(self.run_dir), *flags, *script)
+        arguments = (str(script), str(self.folder), str(steps), str(step_s))
+        return self.run(host, "--nnodes", nodes, "--run-dir", str(self.run_dir), *flags, *arguments)
 
     def run(self, host: str, *args: str) -> Launched:
         """Start a launcher with these arguments."""
@@ -78,7 +94,17 @@ class Cluster:
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-        return Launched(host, process, log)
+        launched = Launched(host, process, log)
+        self.launched.append(launched)
+        return launched
+
+    def story(self) -> str:
+        """What all launchers have said, for a failed assertion."""
+        return "\n".join(f"--- {launched.host}\n{launched.text()}" for launched in self.launched)
+
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = 40.0) -> float:
+        """See `wait_until` below."""
+        return wait_until(condition, timeout_s, self.story)
 
     def kill_host(self, host: str) -> None:
         """Everything on it dies at once."""
@@ -101,6 +127,16 @@ class Cluster:
     def trains_with(self, world: int, *, after: float = 0.0) -> bool:
         """Whether all ranks of a world of that size have done a step after that time."""
         return len({s["rank"] for s in self.steps() if s["world"] == world and s["t"] > after}) == world
+
+    def repeated(self) -> list[tuple[int, int]]:
+        """Steps that rank 0 has done more than once, with how often."""
+        done = Counter(step["step"] for step in self.steps() if step["rank"] == 0)
+        return [(step, times) for step, times in sorted(done.items()) if times > 1]
+
+    def worlds(self) -> list[int]:
+        """The sizes of the worlds that have trained, in order."""
+        rounds = dict.fromkeys((step["port"], step["world"]) for step in self.steps())
+        return [world for _, world in rounds]
 
     def events(self, name: str) -> list[Event]:
         return [event for event in read(self.run_dir / "events.jsonl") if event.event == name]

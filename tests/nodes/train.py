@@ -30,7 +30,7 @@ def main(folder: Path, steps: int, seconds: float) -> None:
         assert int(total) == world
         step += 1
         note = {"t": time.time(), "step": step, "rank": rank, "world": world, "host": os.uname().nodename}
-        note["round"] = os.environ["MASTER_PORT"]
+        note["port"] = os.environ["MASTER_PORT"]
         with (folder / "steps.jsonl").open("a") as file:
             file.write(json.dumps(note) + "\n")
         if rank == 0:
