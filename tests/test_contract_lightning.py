@@ -100,3 +100,7 @@ def test_fit_takes_the_arguments_that_the_launcher_passes_on() -> None:
         "ckpt_path",
         "weights_only",
     ]
+
+
+def test_process_groups_can_be_aborted() -> None:
+    assert callable(distributed_c10d.ProcessGroup.abort)

@@ -28,9 +28,13 @@ def install(context: WorkerContext, board: Board) -> None:
 
 
 def _adapt() -> None:
+    from elastic_fit.callbacks import release
     from elastic_fit.callbacks.adaptation import adapt_trainer
 
     adapt_trainer()
+    worker = session.current()
+    if worker is not None:
+        release.watch(worker.board)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -261,7 +261,7 @@ class Keeper:
 
     def _say(self, now: float) -> None:
         state: dict[str, Any] = {
-            "ready": next_round(self.roster) if self.ready else None,
+            "ready": next_round(self.roster) if self.ready and not self._is_seated() else None,
             "report": self.report,
             "version": self.roster.version if self.roster else 0,
             "arbiter": now - self._heard_arbiter_s < self.bounds.fence_s,
@@ -270,6 +270,11 @@ class Keeper:
         if state != last or now - said_s >= self.bounds.beat_s:
             self._said = (state, now)
             self._links.say(state)
+
+    def _is_seated(self) -> bool:
+        """Whether this node is in the round that runs: its agent may wait for one still, but not for the next."""
+        roster = self.roster
+        return roster is not None and roster.phase is Phase.RUNNING and roster.seats(self.me.node)
 
     def _watch_quiet(self, now: float) -> None:
         known = self._links.known

@@ -32,9 +32,9 @@ class Bounds:
     """More nodes than this are spares."""
     beat_s: float = 0.5
     """Pause between two signs of life to a linked peer, and between two looks at the arbiter."""
-    silence_s: float = 4.5
+    silence_s: float = 4.0
     """A peer that was not heard for so long is lost."""
-    hesitation_s: float = 0.5
+    hesitation_s: float = 1.0
     """Who misses all its peers accuses so much later than who misses none: the larger side of a cut goes first."""
     gather_s: float = 2.0
     """At the start of a job: how long after an arrival another one is waited for."""
@@ -283,10 +283,7 @@ def _gone_members(view: View, roster: Roster) -> list[str]:
     return [
         peer.profile.node
         for peer in view.peers.values()
-        if roster.seats(peer.profile.node)
-        and peer.profile.node not in roster.lost
-        and is_gone(peer, view.bounds)
-        and not peer.is_ready(next_round(roster))
+        if roster.seats(peer.profile.node) and peer.profile.node not in roster.lost and is_gone(peer, view.bounds)
     ]
 
 
@@ -298,7 +295,7 @@ def _run(view: View, roster: Roster) -> Move:
         witnesses = sum(roster.seats(node) for node in view.peers) or 1
         longest = max(view.peers[node].quiet_s for node in gone)
         refused = all(view.peers[node].refused for node in gone)
-        hesitation = view.bounds.hesitation_s * len(gone) / witnesses
+        hesitation = view.bounds.hesitation_s * max(len(gone), _quiet_members(view, roster)) / witnesses
         if refused or longest >= view.bounds.silence_s + hesitation:
             return _call(view, roster, Cause.LOST, gone)
     if view.report is not None:
@@ -308,6 +305,12 @@ def _run(view: View, roster: Roster) -> Move:
     if len(roster.members) < view.bounds.most and _newcomers_due(view, roster):
         return _call(view, roster, Cause.JOIN)
     return Train()
+
+
+def _quiet_members(view: View, roster: Roster) -> int:
+    """How many linked members have fallen silent, those included that are about to be missed."""
+    soon_s = view.bounds.fence_s - view.bounds.beat_s
+    return sum(roster.seats(node) and peer.quiet_s >= soon_s for node, peer in view.peers.items())
 
 
 def _newcomers_due(view: View, roster: Roster) -> bool:
@@ -322,6 +325,7 @@ def _newcomers(view: View, roster: Roster) -> list[Peer]:
         for peer in view.peers.values()
         if not roster.seats(peer.profile.node)
         and peer.is_ready(next_round(roster))
+        and not is_gone(peer, view.bounds)
         and peer.waited_s >= put_off_s(roster.flaps.get(peer.profile.name, 0))
     ]
     return sorted(found, key=lambda peer: (-peer.waited_s, peer.profile.node))
@@ -332,7 +336,7 @@ def _knock(view: View, roster: Roster) -> Move:
     doors = [view.peers.get(member.node) for member in _doors(roster, _away(view))]
     if doors and all(peer is not None and _is_dead(peer, view.bounds) for peer in doors):
         return _call(view, roster, Cause.START, [member.node for member in roster.members])
-    if any(peer is not None and peer.up for peer in doors):
+    if any(peer is not None and peer.up and not is_gone(peer, view.bounds) for peer in doors):
         return Wait(why=_why_outside(view, roster))
     if view.phase_s >= view.bounds.silence_s:
         return Fence(why="the job runs, and none of its nodes can be reached from here")
@@ -407,7 +411,8 @@ def _lead(view: View, roster: Roster) -> Move:
     if missing:
         return Wait(why="waiting for" if roster.members else "getting ready:", missing=tuple(missing))
     old = {member.node for member in roster.members}
-    back = [peer.profile for peer in view.peers.values() if peer.profile.node in old and peer.is_ready(roster.round)]
+    here = [peer for peer in view.peers.values() if peer.is_ready(roster.round) and not is_gone(peer, bounds)]
+    back = [peer.profile for peer in here if peer.profile.node in old]
     newcomers = _newcomers(view, roster)
     present = [view.me, *back, *(peer.profile for peer in newcomers)]
     if len(present) < bounds.least:
@@ -444,7 +449,10 @@ def _put_off(view: View, roster: Roster) -> list[Peer]:
     return [
         peer
         for peer in view.peers.values()
-        if peer.is_ready(roster.round) and not roster.seats(peer.profile.node) and peer.profile.node not in taken
+        if peer.is_ready(roster.round)
+        and not is_gone(peer, view.bounds)
+        and not roster.seats(peer.profile.node)
+        and peer.profile.node not in taken
     ]
 
 
