@@ -77,17 +77,17 @@ def test_killed_agent_is_noticed_at_once_and_takes_its_workers_with_it(hosts: Cl
 
 
 def test_cut_off_side_ends_its_workers_and_comes_back_when_the_cut_heals(hosts: Cluster) -> None:
-    started = {host: hosts.launch(host, steps=600) for host in ("h1", "h2", "h3")}
+    for host in ("h1", "h2", "h3"):
+        hosts.launch(host, steps=100_000)
     hosts.wait_until(lambda: hosts.trains_with(3))
     cut = time.time()
     hosts.hosts("cut", "h3")
-    assert hosts.wait_until(lambda: hosts.trains_with(2, after=cut)) < 10, hosts.story()
+    assert hosts.wait_until(lambda: hosts.trains_with(2, after=cut)) < 7, hosts.story()
     gathered = [event for event in hosts.events("membership") if event.get("change") == "lost"]
-    assert gathered[0].t - cut <= 5.5, "a silent node is noticed within five seconds"
+    assert gathered[0].t - cut <= 5, "a silent node is noticed within five seconds"
     hosts.hosts("heal", "h3")
     healed = time.time()
     hosts.wait_until(lambda: hosts.trains_with(3, after=healed))
-    assert [one.process.wait(60) for one in started.values()] == [0, 0, 0], hosts.story()
     assert_one_world_at_a_time(hosts)
     assert hosts.repeated() == []
 
@@ -109,3 +109,17 @@ def test_side_that_sees_neither_the_others_nor_the_folder_stops_before_they_go_o
     healed = time.time()
     hosts.wait_until(lambda: hosts.trains_with(3, after=healed))
     assert_one_world_at_a_time(hosts)
+
+
+def test_frozen_host_that_wakes_up_later_finds_itself_fenced_off_and_comes_back(hosts: Cluster) -> None:
+    for host in ("h1", "h2"):
+        hosts.launch(host, steps=100_000)
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    frozen = time.time()
+    hosts.hosts("kill", "h2", "STOP")
+    assert hosts.wait_until(lambda: hosts.trains_with(1, after=frozen)) < 7, hosts.story()
+    hosts.hosts("kill", "h2", "CONT")
+    woken = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(2, after=woken))
+    assert_one_world_at_a_time(hosts)
+    assert hosts.repeated() == []
