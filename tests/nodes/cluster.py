@@ -67,6 +67,18 @@ class Cluster:
         done = subprocess.run([str(HOSTS), *args], env=self._environment, capture_output=True, text=True, check=True)
         return done.stdout
 
+    def spawn(self, *args: str) -> subprocess.Popen[bytes]:
+        """Run scripts/hosts and leave it running; it ends with the hosts."""
+        with (self.folder / f"{args[1]}.spawned.log").open("ab") as file:
+            return subprocess.Popen([str(HOSTS), *args], env=self._environment, stdout=file, stderr=subprocess.STDOUT)
+
+    def answers(self, host: str, url: str) -> bool:
+        """Whether that address answers when asked from that host."""
+        ask = (sys.executable, "-c", "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)", url)
+        return (
+            subprocess.run([str(HOSTS), "exec", host, *ask], env=self._environment, capture_output=True).returncode == 0
+        )
+
     def launch(
         self,
         host: str,

@@ -1,0 +1,174 @@
+"""The arbiters keep their word: one winner per version, and silence rather than a wrong answer."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.launch.arbiter import KEEP_VERSIONS, Arbiter, ArbiterLost, FolderArbiter
+from elastic_fit.launch.etcd import EtcdArbiter
+from elastic_fit.supervisor.errors import UsageError
+from elastic_fit.supervisor.roster import Phase, Roster
+from tests.nodes.cluster import TRAIN, Cluster
+
+
+def document(version: int, leader: str = "h1") -> bytes:
+    return Roster(version=version, phase=Phase.RUNNING, round=1, generation=version, leader=leader).to_bytes()
+
+
+class EtcdServer:
+    """A real etcd on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, self._peers = _free_port(), _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
+        where = {
+            "data-dir": str(self.folder / "etcd"),
+            "listen-client-urls": client,
+            "advertise-client-urls": client,
+            "listen-peer-urls": peer,
+            "initial-advertise-peer-urls": peer,
+            "initial-cluster": f"default={peer}",
+        }
+        flags = [f"--{name}={value}" for name, value in where.items()]
+        with (self.folder / "etcd.log").open("ab") as log:
+            self._process = subprocess.Popen(["etcd", "--enable-v2", *flags], stdout=log, stderr=log)
+        wait_for_etcd("127.0.0.1", self.port)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def wait_for_etcd(host: str, port: int) -> None:
+    arbiter = EtcdArbiter.at(f"{host}:{port}", "probe")
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            arbiter.beat("probe", 1)
+        except ArbiterLost:
+            assert time.monotonic() < deadline, "etcd did not come up"
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    server = EtcdServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def check_compare_and_set(connect: Callable[[], Arbiter]) -> None:
+    first = connect()
+    assert first.read() is None
+    assert first.store(1, document(1))
+    assert not connect().store(1, document(1, "h2")), "the version exists"
+    assert not connect().store(3, document(3)), "a version was left out"
+    with ThreadPoolExecutor(8) as pool:
+        for version in range(2, 12):
+            candidates = [(connect(), f"h{number}") for number in range(8)]
+            won = list(pool.map(lambda c, v=version: c[0].store(v, document(v, c[1])), candidates))
+            assert sum(won) == 1, f"{sum(won)} nodes have decided version {version}"
+            found = first.read()
+            assert found is not None
+            assert found[0] == version
+            assert Roster.parse(found[1]).leader == candidates[won.index(True)][1]
+
+
+def check_counters(arbiter: Arbiter) -> None:
+    arbiter.beat("a", 1)
+    arbiter.beat("a", 2)
+    arbiter.beat("b", 7)
+    found = arbiter.counters(["a", "b", "c"])
+    assert {node: int(counter) for node, counter in found.items()} == {"a": 2, "b": 7}
+    arbiter.forget("a")
+    assert set(arbiter.counters(["a", "b"])) == {"b"}
+
+
+def test_of_eight_nodes_that_want_to_decide_in_a_folder_one_does(tmp_path: Path) -> None:
+    check_compare_and_set(lambda: FolderArbiter(tmp_path))
+    check_counters(FolderArbiter(tmp_path))
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()], "temporary files stay"
+
+
+def test_old_versions_go_away_and_can_not_be_decided_again(tmp_path: Path) -> None:
+    arbiter = FolderArbiter(tmp_path)
+    for version in range(1, KEEP_VERSIONS + 20):
+        assert arbiter.store(version, document(version))
+    assert len(list((tmp_path / "rosters").iterdir())) == KEEP_VERSIONS
+    assert not FolderArbiter(tmp_path).store(3, document(3))
+
+
+def test_folder_whose_mount_is_gone_decides_nothing(tmp_path: Path) -> None:
+    arbiter = FolderArbiter(tmp_path / "run")
+    for version in (1, 2):
+        assert arbiter.store(version, document(version))
+    arbiter.read()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ArbiterLost, match="version 2 is gone"):
+        arbiter.read()
+    assert not arbiter.store(3, document(3))
+
+
+def test_etcd_without_an_endpoint_is_a_mistake_on_the_command_line() -> None:
+    with pytest.raises(UsageError, match="--rdzv-endpoint"):
+        EtcdArbiter.at("", "run")
+
+
+@pytest.mark.system
+def test_of_eight_nodes_that_want_to_decide_in_etcd_one_does_also_after_its_restart(etcd: EtcdServer) -> None:
+    endpoint = f"127.0.0.1:{etcd.port}"
+    check_compare_and_set(lambda: EtcdArbiter.at(endpoint, "run"))
+    check_counters(EtcdArbiter.at(endpoint, "run"))
+    arbiter = EtcdArbiter.at(endpoint, "run")
+    before = arbiter.read()
+    etcd.kill()
+    with pytest.raises(ArbiterLost):
+        arbiter.read()
+    etcd.start()
+    assert arbiter.read() == before
+    assert arbiter.store(12, document(12))
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_etcd_dies_and_nobody_stops_and_when_it_is_back_a_host_may_die(tmp_path: Path) -> None:
+    with Cluster(tmp_path, 3) as hosts:
+        start = ("exec", "h3", "etcd", "--enable-v2", "--data-dir", str(tmp_path / "etcd"), "--log-level", "error")
+        urls = ("--listen-client-urls", "http://0.0.0.0:2379", "--advertise-client-urls", "http://10.77.0.3:2379")
+        server = hosts.spawn(*start, *urls)
+        flags = ("--rdzv-backend", "etcd-v2", "--rdzv-endpoint", "h3:2379")
+        for host in ("h1", "h2"):
+            hosts.launch(host, steps=100_000, script=TRAIN, flags=flags)
+        hosts.wait_until(lambda: hosts.trains_with(2))
+        server.kill()
+        down = time.time()
+        time.sleep(9)  # longer than any node may be out of reach of the arbiter when only it is
+        assert hosts.trains_with(2, after=down + 8), hosts.story()
+        assert hosts.worlds() == [2]
+        hosts.spawn(*start, *urls)
+        hosts.wait_until(lambda: hosts.answers("h1", "http://h3:2379/version"))
+        killed = time.time()
+        hosts.kill_host("h2")
+        assert hosts.wait_until(lambda: hosts.trains_with(1, after=killed)) < 5, hosts.story()

@@ -1,0 +1,61 @@
+"""`--nnodes 1:4` where nobody else comes: as quick and as quiet as a job of one node."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.supervisor.ledger import read
+from tests.nodes.cluster import FIT, wait_until
+
+COMMAND = str(Path(sys.executable).with_name("elastic-fit"))
+
+
+def start(folder: Path, nodes: str, steps: int) -> subprocess.Popen[str]:
+    folder.mkdir()
+    flags = ["--nnodes", nodes, "--nproc-per-node", "2", "--run-dir", str(folder / "run")]
+    return subprocess.Popen(
+        [COMMAND, str(FIT), *flags, str(folder), str(steps), "0.01"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def own_lines(folder: Path, text: str) -> list[str]:
+    """What the launcher itself has said, without what differs from run to run."""
+    lines = [line for line in text.splitlines() if line.startswith("elastic-fit:")]
+    return [re.sub(r"pid \d+|\d+\.\d+", "N", line.replace(str(folder), "")) for line in lines]
+
+
+@pytest.mark.slow
+def test_elastic_job_on_one_node_starts_at_once_survives_a_kill_and_says_what_a_plain_one_says(tmp_path: Path) -> None:
+    told = {}
+    for nodes in ("1:4", "1"):
+        folder = tmp_path / nodes.replace(":", "-")
+        began = time.time()
+        job = start(folder, nodes, 150)
+        steps = folder / "steps.jsonl"
+        wait_until(lambda steps=steps: steps.exists() and steps.read_text().count("\n") > 40, 40)
+        events = read(folder / "run" / "events.jsonl")
+        pids = next(event for event in events if event.event == "workers_started")["pids"]
+        os.kill(int(pids["1"]), signal.SIGKILL)
+        _, text = job.communicate(timeout=60)
+        assert job.returncode == 0, text
+        told[nodes] = own_lines(folder, text)
+        notes = [json.loads(line) for line in steps.read_text().splitlines()]
+        assert notes[0]["t"] - began < 20, "nothing is waited for that is not there"
+        done = [note["step"] for note in notes if note["rank"] == 0]
+        assert done == sorted(set(done)), "no step is done twice"
+        assert done[-1] == 150
+    steps_had = re.compile(r"\(had reached .*\)|step \d+|\d+ steps repeated")
+    assert [steps_had.sub("", line) for line in told["1:4"]] == [steps_had.sub("", line) for line in told["1"]]
