@@ -14,10 +14,16 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.data import _update_dataloader
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.utils.data import DataLoader, Sampler
 
 
 def is_boundary(trainer: pl.Trainer) -> bool:
@@ -30,15 +36,28 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
-def validates_next(trainer: pl.Trainer) -> bool:
-    """Whether a validation follows the epoch's last batch."""
-    every = trainer.check_val_every_n_epoch
-    is_due = every is None or (trainer.current_epoch + 1) % every == 0
-    return trainer.enable_validation and sum(_as_list(trainer.num_val_batches)) > 0 and is_due
+def is_followed_by_more(trainer: pl.Trainer) -> bool:
+    """Whether a validation, or the end of the epoch, follows the batch that just ended before another one begins."""
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    validates = trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+    return bool(validates or is_last_batch(trainer))
 
 
-def _as_list(numbers: Any) -> list[float]:
-    return list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
+def is_at_epoch_end(trainer: pl.Trainer) -> bool:
+    """Whether all batches of the epoch under way are done and its end is being dealt with."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return bool(progress.processed == progress.started and progress.completed == progress.processed - 1)
+
+
+def is_mid_epoch(trainer: pl.Trainer) -> bool:
+    """Whether this ``fit`` goes on in the middle of an epoch."""
+    return trainer.fit_loop.restarted_mid_epoch and not is_epoch_over(trainer, batches_at_boundary(trainer))
+
+
+def end_restart(trainer: pl.Trainer) -> None:
+    """The epoch that was restarted has trained on; what is left of it is as in any other."""
+    trainer.fit_loop._restarting = False
 
 
 def capture(trainer: pl.Trainer, *, weights_only: bool = False) -> dict[str, Any]:
@@ -54,7 +73,13 @@ def is_tuning(trainer: pl.Trainer) -> bool:
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """All callbacks of a trainer, in the order in which they are called."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
+    return list(callbacks_in(trainer))
+
+
+def callbacks_in(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The trainer's own list of them."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def is_rehearsal(trainer: pl.Trainer) -> bool:
@@ -108,24 +133,104 @@ def is_replicated(trainer: pl.Trainer) -> bool:
     return trainer.world_size > 1 and type(trainer.strategy) is DDPStrategy
 
 
-def capture_between_steps(trainer: pl.Trainer) -> dict[str, Any]:
-    """What `capture` would have given at the last boundary, while a later batch is in flight.
+def batches_at_boundary(trainer: pl.Trainer) -> int:
+    """Batches of this epoch, on this rank, whose optimizer step is done: those of half an accumulation don't count."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    done = int(current.processed)
+    return done if is_epoch_over(trainer, done) else done - done % trainer.accumulate_grad_batches
 
-    The loop's counters are put back to what they were in ``on_train_batch_end`` of the last completed batch, which is
-    the state that Lightning's restart logic expects; the batch in flight will be taken again.
+
+def is_epoch_over(trainer: pl.Trainer, batches: int) -> bool:
+    """Whether that many batches are all of the epoch."""
+    return batches > 0 and batches >= trainer.fit_loop.max_batches
+
+
+def batches_in_all(trainer: pl.Trainer) -> int:
+    """Batches that this rank has processed in the whole training, as far as their optimizer steps are done."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed - progress.current.processed) + batches_at_boundary(trainer)
+
+
+def epoch_under_way(trainer: pl.Trainer) -> int:
+    """The number that Lightning gives its samplers for the epoch under way."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
+
+
+def train_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The training loaders as Lightning has prepared them; none before it has."""
+    combined = trainer.fit_loop._combined_loader
+    return list(combined.flattened) if combined is not None else []
+
+
+def measure_epoch(trainer: pl.Trainer) -> None:
+    """Have Lightning count the batches of the coming epoch anew, from the lengths that its loaders have now."""
+    loop = trainer.fit_loop
+    combined = loop._combined_loader
+    if combined is None or loop.max_batches == float("inf"):
+        return
+    stage = RunningStage.TRAINING
+    limits = [_parse_num_batches(stage, len(loader), trainer.limit_train_batches) for loader in combined.flattened]
+    if limits == combined.limits:
+        return
+    combined.limits = limits
+    before, loop.max_batches = loop.max_batches, sized_len(combined) or loop.max_batches
+    if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch == int(
+        before * trainer.val_check_interval
+    ):
+        trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
+
+
+def deal_training_data(trainer: pl.Trainer, choose: Callable[[DataLoader[Any], bool], Sampler[int] | None]) -> None:
+    """Have Lightning put the sampler that `choose` gives into each training loader it prepares.
+
+    Scripts that have said ``use_distributed_sampler=False`` keep what they have.
     """
-    checkpoint = capture(trainer)
-    epoch_loop = trainer.fit_loop.epoch_loop
-    progress: Any = epoch_loop.batch_progress
-    is_in_flight = progress.current.ready > progress.current.processed
-    if is_in_flight and progress.current.completed > 0:
-        state = checkpoint["loops"]["fit_loop"]
-        for counts in (state["epoch_loop.batch_progress"]["total"], state["epoch_loop.batch_progress"]["current"]):
-            done = counts["completed"]
+    connector = trainer._data_connector
+    prepare = connector._prepare_dataloader
+
+    def prepare_ours(dataloader: object, shuffle: bool, mode: RunningStage) -> object:
+        overfits = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+        wanted = trainer._accelerator_connector.use_distributed_sampler and not overfits
+        if mode != RunningStage.TRAINING or not wanted or not isinstance(dataloader, DataLoader):
+            return prepare(dataloader, shuffle, mode)
+        if isinstance(dataloader, _Stateful):
+            return prepare(dataloader, shuffle, mode)
+        sampler = choose(dataloader, shuffle)
+        return prepare(dataloader, shuffle, mode) if sampler is None else _update_dataloader(dataloader, sampler, mode)
+
+    connector._prepare_dataloader = prepare_ours  # type: ignore[method-assign]
+
+
+def deal_as_before(trainer: pl.Trainer) -> None:
+    """Undo `deal_training_data`."""
+    vars(trainer._data_connector).pop("_prepare_dataloader", None)
+
+
+def roll_back_to_boundary(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put the loop's counters in a captured state back to the last optimizer step.
+
+    What is in flight, or half accumulated, is in no parameter: its batches will be taken again. The counters become
+    what they were in ``on_train_batch_end`` of the last batch that completed a step, the state that Lightning's
+    restart logic expects; before the epoch's first step, what they are while its first batch is in flight.
+    """
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    boundary = batches_at_boundary(trainer)
+    if current.ready == current.processed == boundary or current.ready == 0:
+        return
+    state = checkpoint["loops"]["fit_loop"]
+    batch = state["epoch_loop.batch_progress"]
+    undone = current.processed - boundary
+    for counts in (batch["total"], batch["current"]):
+        done = counts["processed"] - undone
+        if boundary:
             counts.update(ready=done, started=done, processed=done, completed=done - 1)
-        state["epoch_loop.batch_progress"]["is_last_batch"] = False
+        else:
+            counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+    batch["is_last_batch"] = False
+    if boundary or trainer.accumulate_grad_batches == 1:
+        # Lightning counts the step of the batch that it resumes at once more.
         state["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-    return checkpoint
 
 
 def resume_from(trainer: pl.Trainer, path: str) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from elastic_fit.callbacks import _lightning, stop
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.emergency import StepGuard, rescue
+from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.resume import choose
 from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
@@ -43,6 +44,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         emergency: save what is whole when a rank fails or a signal asks to stop.
         keep: how many of the saves that no metric ranks stay.
         finite_check: look for NaN and Inf before each save; what holds them is kept and never resumed from.
+        exact: keep the position in the training data and the random streams as well, so that a resumed run is the
+            same run.
 
     Errors: a save that fails (a full disk) is logged and the training goes on; the next trigger tries a new file.
     With ``resume="auto"``, NoValidCheckpoint where there are checkpoints and none of them holds.
@@ -70,6 +73,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         emergency: bool = True,
         keep: int | None = None,
         finite_check: bool = True,
+        exact: bool = True,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
@@ -97,9 +101,12 @@ class ElasticCheckpoint(ModelCheckpoint):
         self.emergency = emergency
         self.keep = keep
         self.finite_check = finite_check
+        self.exact = exact
         self._cadence = Cadence(train_time_interval.total_seconds() if train_time_interval is not None else None)
         self._seals: Seals | None = None
         self._unranked_step = 0
+        self._postponed: str | None = None
+        self._validated = False
 
     # setting up
 
@@ -108,6 +115,9 @@ class ElasticCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or self.dirpath is None:
             return
+        if self.exact:
+            # Lightning goes through this list while we add to it: they are set up right after us.
+            _lightning.callbacks_in(trainer).extend(self._companions(trainer))
         self._seals = Seals.of(trainer)
         self._seals.finite_check = self.finite_check
         if "://" not in str(self.dirpath):
@@ -115,6 +125,9 @@ class ElasticCheckpoint(ModelCheckpoint):
         path = choose(self.resume, self.dirpath, trainer)
         if path is not None:
             _lightning.resume_from(trainer, path)
+
+    def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
+        return companions(trainer)
 
     def _make_store(self, root: Path) -> CheckpointStore:
         return CheckpointStore(root)
@@ -134,7 +147,11 @@ class ElasticCheckpoint(ModelCheckpoint):
             return
         due = self._cadence.due(trainer)
         if due and not self._saved_at(trainer.global_step):
-            self._save_due(trainer, due)
+            if _lightning.is_followed_by_more(trainer):
+                # A checkpoint of this moment would leave out the validation, or the end of the epoch, that follows.
+                self._postponed = due
+            else:
+                self._save_due(trainer, due)
         stop.at_boundary(self, trainer)
 
     def _is_off(self, trainer: pl.Trainer) -> bool:
@@ -145,10 +162,8 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _save_due(self, trainer: pl.Trainer, kind: str) -> None:
         candidates = self._monitor_candidates(trainer)
-        is_missing = self.monitor is not None and self.monitor not in candidates
-        is_stale = self.monitor is not None and _lightning.is_last_batch(trainer) and _lightning.validates_next(trainer)
         with self._purpose(kind):
-            if is_missing or is_stale:
+            if self.monitor is not None and self.monitor not in candidates:
                 self._defer_save_until_validation = True
                 self.save_unranked(trainer)
             else:
@@ -156,16 +171,32 @@ class ElasticCheckpoint(ModelCheckpoint):
                 self._save_last_checkpoint(trainer, candidates)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save if epochs say so."""
+        """Save if epochs say so, or a validation at the epoch's end did."""
+        validated, self._validated = self._validated, False
         with self._purpose("epoch"):
             self._rank_deferred(trainer)
+            if validated:
+                super().on_validation_end(trainer, pl_module)
             super().on_train_epoch_end(trainer, pl_module)
+        self._save_postponed(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if epochs say so and validation is what they end with."""
+        if self._is_off(trainer):
+            return
+        if _lightning.is_last_batch(trainer):
+            self._validated = True  # the end of the epoch follows, and belongs into the checkpoint
+            return
         with self._purpose("epoch"):
             self._rank_deferred(trainer)
             super().on_validation_end(trainer, pl_module)
+        self._save_postponed(trainer)
+
+    def _save_postponed(self, trainer: pl.Trainer) -> None:
+        """What was due when the epoch's last batch, or one before a validation, had ended."""
+        due, self._postponed = self._postponed, None
+        if due and not self._is_off(trainer) and not self._saved_at(trainer.global_step):
+            self._save_due(trainer, due)
 
     def _rank_deferred(self, trainer: pl.Trainer) -> None:
         """The metric that a save by steps or time had to do without is there now: rank this state by it."""
@@ -290,6 +321,10 @@ class RunCheckpoint(ElasticCheckpoint):
         self.save_top_k = kept
         checkpoints = self._worker.folder.checkpoints
         Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
+
+    def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
+        settings = self._worker.context.settings
+        return companions(trainer, strict=settings.strict_data, reproducible=settings.reproducible)
 
     def _make_store(self, root: Path) -> CheckpointStore:
         return self._worker.store(root)

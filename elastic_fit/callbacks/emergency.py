@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 
 from elastic_fit.callbacks import _lightning, session
+from elastic_fit.callbacks.randomness import saving_alone
 from elastic_fit.callbacks.seal import Purpose, facts_of, persist
 from elastic_fit.supervisor.board import Phase
 from elastic_fit.supervisor.errors import StorageError
@@ -52,7 +53,8 @@ def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error:
         return False
     worker.board.enter(Phase.RESCUING)
     try:
-        checkpoint = _lightning.capture_between_steps(trainer)
+        with saving_alone():
+            checkpoint = _lightning.capture(trainer)
         purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
         size = persist(checkpoint, store, f"step={step}.ckpt", facts_of(trainer, purpose, checkpoint))
     except StorageError as failure:

@@ -19,10 +19,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 import xxhash
 
 from elastic_fit.callbacks import _lightning, session
+from elastic_fit.callbacks.collective import gather
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged
@@ -131,7 +131,7 @@ class Seals:
             entries = tuple(_final_name(entry) for entry in mine.digests())
         except OSError as failure:
             error = f"rank {self._trainer.global_rank}: {failure.strerror or failure}"
-        reports = _gather((entries, error, finite))
+        reports = gather((entries, error, finite))
         errors = [one[1] for one in reports if one[1]]
         outcome = 0
         try:
@@ -286,11 +286,3 @@ def _digest(path: Path, relative: str) -> FileEntry:
 def _final_name(entry: FileEntry) -> FileEntry:
     """The writer of shards gives its metadata file its name by rename, after it has closed it."""
     return replace(entry, path=entry.path.removesuffix(META_TEMPORARY))
-
-
-def _gather(mine: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    all_: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_, mine)
-    return all_

@@ -1,0 +1,159 @@
+"""The random streams of every rank, in a form that loads with ``weights_only=True``.
+
+A checkpoint that all ranks have written together holds the state of each rank's streams: Python's, NumPy's, torch's on
+the CPU and on the current CUDA device. Where the number of ranks has changed, or a survivor saved alone, streams are
+derived instead: rank r, after b batches, is seeded with ``stream_seed(seed, r, b)``. With `reproducible` they are
+derived anew after every batch, so that any resume, also from a survivor's save, sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks.collective import gather
+from elastic_fit.callbacks.data import seed_of
+
+_alone = False
+_NUMPY_SEEDS = 1 << 32
+
+
+@contextlib.contextmanager
+def saving_alone() -> Iterator[None]:
+    """Meanwhile no other rank is asked for its streams: a survivor saves without collectives."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def stream_seed(seed: int, rank: int, batches: int) -> int:
+    """The 63-bit seed of a rank's streams after so many batches of the whole training."""
+    return seed_of(seed_of(seed, rank), batches)
+
+
+def capture_streams() -> dict[str, Any]:
+    """The state of this process's streams: numbers and byte tensors only."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": {
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_streams(state: dict[str, Any]) -> None:
+    """Put this process's streams where `capture_streams` found them."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy_state = state["numpy"]
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": numpy_state["key"].numpy().astype(np.uint32), "pos": numpy_state["pos"]},
+            "has_gauss": numpy_state["has_gauss"],
+            "gauss": numpy_state["gauss"],
+        }
+    )
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def derive_streams(seed: int, rank: int, batches: int) -> None:
+    """Seed this process's streams by the rule of `stream_seed`."""
+    value = stream_seed(seed, rank, batches)
+    random.seed(value)
+    np.random.seed(value % _NUMPY_SEEDS)
+    torch.manual_seed(value)
+
+
+class RandomStreams(pl.Callback):
+    """Saves and restores the random streams of all ranks.
+
+    Args:
+        seed: what derived streams are derived from.
+        reproducible: derive the streams anew after every batch.
+    """
+
+    def __init__(self, seed: int, *, reproducible: bool = False) -> None:
+        self._seed = seed
+        self._reproducible = reproducible
+        self._trainer: pl.Trainer | None = None
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever the arguments are."""
+        return "elastic_fit.RandomStreams"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember whose streams these are."""
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's streams; collective, except in a survivor's own save."""
+        trainer = self._trainer
+        if trainer is None or _alone:
+            return {"seed": self._seed, "ranks": []}
+        over = _lightning.is_epoch_over(trainer, _lightning.batches_at_boundary(trainer))
+        return {"seed": self._seed, "ranks": gather(capture_streams()), "between_epochs": over}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """To be put in place when training starts, after everything else has drawn its numbers."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the streams where they were."""
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            self._seed = int(restored["seed"])
+        if self._reproducible:
+            self._derive(trainer)
+        elif restored is not None and len(restored["ranks"]) == trainer.world_size:
+            restore_streams(restored["ranks"][trainer.global_rank])
+            if restored["between_epochs"]:
+                self._draw_as_an_epoch_does(trainer)
+        elif restored is not None:
+            self._derive(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """With `reproducible`: what comes next depends on nothing that was drawn before."""
+        if self._reproducible:
+            self._derive(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same after a validation, which may have drawn numbers."""
+        if self._reproducible and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._derive(trainer)
+
+    def _derive(self, trainer: pl.Trainer) -> None:
+        derive_streams(self._seed, trainer.global_rank, _lightning.batches_in_all(trainer))
+
+    @staticmethod
+    def _draw_as_an_epoch_does(trainer: pl.Trainer) -> None:
+        """An iterator's base seed is drawn when an epoch begins; the one of this epoch was drawn before we came."""
+        for loader in _lightning.train_loaders(trainer):
+            keeps_its_iterator = getattr(loader, "persistent_workers", False) and getattr(loader, "num_workers", 0)
+            if getattr(loader, "generator", None) is None and not keeps_its_iterator:
+                torch.empty((), dtype=torch.int64).random_()

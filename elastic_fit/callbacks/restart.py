@@ -1,0 +1,74 @@
+"""What Lightning's own restart leaves out, so that an epoch that was interrupted ends as one that was not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+from elastic_fit.callbacks import _lightning
+
+
+class RestartedEpoch(pl.Callback):
+    """Takes up what belongs to the epoch, not to the step.
+
+    - In an epoch that was interrupted, ReduceLROnPlateau is stepped at its end as in any other, and stochastic weight
+      averaging is prepared as at its start.
+    - In a checkpoint of an epoch's end, the schedulers that look at a metric have not been stepped yet: Lightning does
+      that after the save and never makes up for it. The metrics are kept for them.
+    """
+
+    def __init__(self) -> None:
+        self._trainer: pl.Trainer | None = None
+        self._restored: dict[str, Any] | None = None
+        self._is_first_batch = False
+
+    @property
+    def state_key(self) -> str:
+        """Constant."""
+        return "elastic_fit.RestartedEpoch"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remember whose metrics these are."""
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics that callbacks and schedulers see, as plain numbers."""
+        if self._trainer is None:
+            return {}
+        metrics = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        return {"metrics": metrics, "at_epoch_end": _lightning.is_at_epoch_end(self._trainer)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """To be acted upon when training starts."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for what Lightning does only in epochs that weren't interrupted."""
+        restored, self._restored = self._restored, None
+        if not restored:
+            return
+        if restored["at_epoch_end"]:
+            _step_by_metric(trainer, restored["metrics"])
+            return
+        self._is_first_batch = True
+        if _lightning.is_mid_epoch(trainer):
+            for callback in _lightning.callbacks_of(trainer):
+                if isinstance(callback, StochasticWeightAveraging):
+                    callback.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The epoch has trained on: from here it is one like any other."""
+        if self._is_first_batch:
+            self._is_first_batch = False
+            _lightning.end_restart(trainer)
+
+
+def _step_by_metric(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    for config in trainer.lr_scheduler_configs:
+        is_due = config.interval == "epoch" and (trainer.current_epoch % config.frequency == 0)
+        if config.reduce_on_plateau and is_due and config.monitor in metrics:
+            config.scheduler.step(metrics[config.monitor])  # type: ignore[arg-type]
