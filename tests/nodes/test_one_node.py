@@ -24,6 +24,7 @@ def start(folder: Path, nodes: str, steps: int) -> subprocess.Popen[str]:
     flags = ["--nnodes", nodes, "--nproc-per-node", "2", "--run-dir", str(folder / "run")]
     return subprocess.Popen(
         [COMMAND, str(FIT), *flags, str(folder), str(steps), "0.01"],
+        cwd=folder,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
