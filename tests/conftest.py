@@ -39,3 +39,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{count} system tests left out (they need root and system packages); "
             "include them with: scripts/test --system"
         )
+
+pytest_plugins = ["tests.launching"]

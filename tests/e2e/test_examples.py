@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from elastic_fit import latest_valid
-from tests.e2e.conftest import Launched
+from tests.launching import Launched
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.e2e.conftest import Elastic
+from tests.launching import Elastic
 
 EVERY_STEP_ONCE = [str(step) for step in range(1, 17)]
 

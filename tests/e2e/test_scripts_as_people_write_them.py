@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.e2e.conftest import Elastic
+from tests.launching import Elastic
 
 EPOCH = [str(step) for step in range(1, 9)]
 

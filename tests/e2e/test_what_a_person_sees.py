@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Elastic, Launched
+from tests.launching import Elastic, Launched
 
 
 def test_five_lines_at_the_start_and_one_at_the_end(elastic: Elastic) -> None:
