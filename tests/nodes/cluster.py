@@ -93,14 +93,14 @@ class Cluster:
         arguments = (str(script), str(self.folder), str(steps), str(step_s))
         return self.run(host, "--nnodes", nodes, "--run-dir", str(self.run_dir), *flags, *arguments)
 
-    def run(self, host: str, *args: str) -> Launched:
-        """Start a launcher with these arguments."""
+    def run(self, host: str, *args: str, command: tuple[str, ...] = COMMAND, **environment: str) -> Launched:
+        """Start a launcher with these arguments, ours or another `command`."""
         self._launched += 1
         log = self.folder / f"{host}.{self._launched}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [str(HOSTS), "exec", host, *COMMAND, *args],
-                env=self._environment,
+                [str(HOSTS), "exec", host, *command, *args],
+                env={**self._environment, **environment},
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,

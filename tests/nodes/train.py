@@ -1,6 +1,7 @@
 """A plain distributed loop that any node may leave: what the node tests train. Arguments: folder, steps, step seconds.
 
 Every step all ranks add one to a shared counter. Rank 0 keeps it in a file; each rank notes each step it has done.
+A process group waits PG_TIMEOUT_S (default 300) for a silent peer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 
 def main(folder: Path, steps: int, seconds: float) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=float(os.environ.get("PG_TIMEOUT_S", "300"))))
     rank, world = dist.get_rank(), dist.get_world_size()
     state = folder / "state.json"
     step = json.loads(state.read_text())["step"] if state.exists() else 0
