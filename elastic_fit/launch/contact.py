@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
+from elastic_fit.supervisor.membership import Bounds
 from elastic_fit.supervisor.pulse import Pulse
 from elastic_fit.supervisor.roster import Roster
 
@@ -15,9 +16,9 @@ ASKING_LIMIT = 1000.0
 """Looks at the arbiter per second that all nodes of a job may make together; large jobs look less often."""
 
 
-def interval_s(beat_s: float, size: int) -> float:
-    """Pause between two looks of one node in a job of `size` nodes."""
-    return max(beat_s, size / ASKING_LIMIT)
+def interval_s(bounds: Bounds, size: int) -> float:
+    """Pause between two looks of one of `size` nodes; never so long that a node takes itself for cut off."""
+    return min(max(bounds.beat_s, size / ASKING_LIMIT), bounds.fence_s / 2)
 
 
 class Contact:
@@ -26,7 +27,7 @@ class Contact:
     Args:
         arbiter: where the roster lives.
         node: this node.
-        beat_s: pause between two looks, in seconds.
+        bounds: the limits.
         notify: called from the thread after every look and every failure.
         clock: seconds, monotonic.
     """
@@ -36,13 +37,13 @@ class Contact:
         arbiter: Arbiter,
         node: str,
         *,
-        beat_s: float,
+        bounds: Bounds,
         notify: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._arbiter = arbiter
         self._node = node
-        self._beat_s = beat_s
+        self._bounds = bounds
         self._notify = notify
         self._clock = clock
         self._lock = threading.Lock()
@@ -96,7 +97,7 @@ class Contact:
                 self.failure = error
             self._notify()
             size = len(self.roster.members) if self.roster is not None else 1
-            self._wake.wait(interval_s(self._beat_s, size))
+            self._wake.wait(interval_s(self._bounds, size))
         try:
             self._store_proposals()
             self._arbiter.forget(self._node)

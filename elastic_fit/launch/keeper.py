@@ -86,7 +86,7 @@ class Keeper:
         os.set_blocking(self._news_w, False)
         links.introduce(profile)
         links.watch(self._wake_r)
-        self._contact = Contact(arbiter, profile.node, beat_s=bounds.beat_s, notify=self.wake, clock=clock)
+        self._contact = Contact(arbiter, profile.node, bounds=bounds, notify=self.wake, clock=clock)
         self._answered_s = self._contact.answered_s
         self._heard_arbiter_s = listening.seconds
         self._proposal: tuple[int, Future[bool]] | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import resource
 import selectors
 import socket
 import time
@@ -43,6 +44,8 @@ class Contacted:
     """Its newest message; None until there was one."""
     ready_since_s: float = 0.0
     refusal: str | None = None
+    dialing: _Connection | None = None
+    """The attempt to reach it that is under way."""
 
 
 class _Connection:
@@ -74,12 +77,14 @@ class Links:
         self._run = run
         self._clock = clock
         self._selector = selectors.DefaultSelector()
+        _allow_many_connections()
         self._listener = socket.create_server((address, port), backlog=1024)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self.port: int = self._listener.getsockname()[1]
         self.known: dict[str, Contacted] = {}
         self._connections: set[_Connection] = set()
+        self._up: dict[str, set[_Connection]] = {}
         self._greeting = b""
         self._state = b""
 
@@ -95,7 +100,7 @@ class Links:
 
     def is_up(self, node: str) -> bool:
         """Whether a connection stands on which that node has said who it is."""
-        return any(connection.node == node for connection in self._connections)
+        return node in self._up
 
     def want(self, profiles: Iterable[Profile]) -> None:
         """Keep links with these, and forget those that are neither wanted nor connected."""
@@ -113,10 +118,10 @@ class Links:
         in_doubt = not self.is_up(node) or now - peer.heard_s > DOUBT_S
         if not in_doubt or now - peer.dialed_s < REDIAL_S:
             return
-        for connection in [c for c in self._connections if c.dialed == node and c.node is None]:
-            if now - connection.opened_s < DIAL_S:
+        if peer.dialing is not None:
+            if now - peer.dialing.opened_s < DIAL_S:
                 return
-            self._drop(connection)
+            self._drop(peer.dialing)
         peer.dialed_s = now
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -127,6 +132,7 @@ class Links:
             peer.refused = number == errno.ECONNREFUSED
             sock.close()
             return
+        peer.dialing = connection
         self._connections.add(connection)
         self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
 
@@ -141,9 +147,8 @@ class Links:
 
     def refuse(self, node: str, why: str) -> None:
         """Tell a peer that it can't be part of this job."""
-        for connection in list(self._connections):
-            if connection.node == node:
-                self._send(connection, _line({"refusal": why}))
+        for connection in list(self._up.get(node, ())):
+            self._send(connection, _line({"refusal": why}))
 
     def poll(self, timeout_s: float) -> bool:
         """Hear what has come, waiting at most so long; says whether there was anything new."""
@@ -265,8 +270,16 @@ class Links:
             self._drop(connection)
             return
         connection.node = profile.node
+        self._up.setdefault(profile.node, set()).add(connection)
+        self._note_dialed(connection)
         known = self.known.setdefault(profile.node, Contacted(profile, wanted_s=now, heard_s=now))
         known.heard_s, known.refused = now, False
+
+    def _note_dialed(self, connection: _Connection) -> None:
+        """An attempt to reach a peer is over, well or not."""
+        peer = self.known.get(connection.dialed or "")
+        if peer is not None and peer.dialing is connection:
+            peer.dialing = None
 
     def _redial_now(self, node: str | None) -> None:
         if node is not None and node in self.known and not self.is_up(node):
@@ -276,9 +289,21 @@ class Links:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
+        self._note_dialed(connection)
+        if connection.node is not None and connection.node in self._up:
+            self._up[connection.node].discard(connection)
+            if not self._up[connection.node]:
+                del self._up[connection.node]
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(connection.sock)
         connection.sock.close()
+
+
+def _allow_many_connections() -> None:
+    """Whoever leads a gathering has a link with every node: use what the system allows this process."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -93,10 +93,16 @@ class Roster:
     """By name: how often in a row a node was lost soon after it had come."""
     decision: Mapping[str, Any] = field(default_factory=dict)
     """The leader's decision on how to go on: resume point, attempt, budget, where the store is."""
+    ranks: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    """The rank of each member among the nodes."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", {member.node: rank for rank, member in enumerate(self.members)})
 
     def to_bytes(self) -> bytes:
         """The form in which it is stored."""
         record = {**asdict(self), "phase": self.phase.value, "cause": int(self.cause), "schema": SCHEMA_VERSION}
+        del record["ranks"]
         return json.dumps(record, sort_keys=True).encode()
 
     @classmethod
@@ -117,11 +123,11 @@ class Roster:
 
     def seats(self, node: str) -> bool:
         """Whether `node` is a member."""
-        return any(member.node == node for member in self.members)
+        return node in self.ranks
 
     def rank(self, node: str) -> int:
-        """The rank of a member among the nodes. Raises ValueError for anybody else."""
-        return [member.node for member in self.members].index(node)
+        """The rank of a member among the nodes. Raises KeyError for anybody else."""
+        return self.ranks[node]
 
     def after(self, **changes: Any) -> Roster:
         """The next version."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from elastic_fit.launch.contact import interval_s
 from elastic_fit.supervisor.membership import (
     Bounds,
     End,
@@ -106,6 +107,11 @@ class Host:
         world = self.world
         if self.node in world.blind or world.random.random() < world.slowness:
             return
+        size = len(self.roster.members) if self.roster is not None else 1
+        known = self.roster.version if self.roster is not None else 0
+        due = world.now - self.arbiter_last >= interval_s(world.bounds, size) - 1e-9
+        if not due and self.roster is not None and self.told <= known:
+            return
         roster = world.cell.read()
         world.cell.operations["beat"] += 1
         self.counter += 1
@@ -170,10 +176,13 @@ class Host:
             ready=not self.training,
             report=self.report,
             lasted_s=10.0,
-            told_version=max(
-                (self.world.version_of(name) for name, heard in self.heard.items() if heard.up), default=0
-            ),
+            told_version=self.told,
         )
+
+    @property
+    def told(self) -> int:
+        """The newest version that a peer speaks of."""
+        return max((self.world.version_of(name) for name, heard in self.heard.items() if heard.up), default=0)
 
     def _peer(self, name: str, heard: Heard) -> Peer:
         now = self.world.now
