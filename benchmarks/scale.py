@@ -129,8 +129,8 @@ def main() -> int:
         found = measure(count)
         print(
             f"| {count} | {found.links} | {found.looks:.0f} | {found.looks_all:.0f} | {found.changes} | "
-            f"{found.stores} | {found.reads:.0f} | {found.seconds:.1f} | {found.decide_us:.0f} us | {found.lead_us / 1e3:.1f} ms | "
-            f"{found.kilobytes:.0f} kB |",
+            f"{found.stores} | {found.reads:.0f} | {found.seconds:.1f} | "
+            f"{found.decide_us:.0f} us | {found.lead_us / 1e3:.1f} ms | {found.kilobytes:.0f} kB |",
             flush=True,
         )
     return 0
