@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from elastic_fit.launch.contact import interval_s
-from elastic_fit.supervisor.membership import Bounds, decide, linked
+from elastic_fit.supervisor.membership import decide, linked
 from elastic_fit.supervisor.roster import Phase
+from elastic_fit.supervisor.view import Bounds
 from tests.nodes.simulation import World
 
 TICK_S = 0.5

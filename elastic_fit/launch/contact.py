@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
-from elastic_fit.supervisor.membership import Bounds
 from elastic_fit.supervisor.pulse import Pulse
 from elastic_fit.supervisor.roster import Roster
+from elastic_fit.supervisor.view import Bounds
 
 ASKING_LIMIT = 1000.0
 """Looks at the arbiter per second that all nodes of a job may make together; large jobs look less often."""

@@ -13,23 +13,10 @@ from typing import Any
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
 from elastic_fit.launch.contact import Contact
 from elastic_fit.launch.links import Links
-from elastic_fit.supervisor.membership import (
-    Bounds,
-    Fence,
-    Move,
-    Peer,
-    Propose,
-    Release,
-    View,
-    Wait,
-    contacts,
-    decide,
-    is_gone,
-    next_round,
-    release,
-)
+from elastic_fit.supervisor.membership import Fence, Move, Propose, Release, Wait, contacts, decide, next_round, release
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, refusal
+from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
 
 LONGEST_GAP_S = 1.0
 """A longer pause between two turns of the loop is this node's own, and does not count against its peers."""

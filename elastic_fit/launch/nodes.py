@@ -21,11 +21,11 @@ from elastic_fit.launch.arbiter import Arbiter, FolderArbiter
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.goodput import account
 from elastic_fit.supervisor.ledger import Ledger, read
-from elastic_fit.supervisor.membership import Bounds
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Phase, Profile, Roster
 from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store.generation import Holder, newest_generation, publish_generation
+from elastic_fit.supervisor.view import Bounds
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import Worker
@@ -117,8 +117,10 @@ class _Node:
         args = self.invocation.torchrun
         config = _config(args.rdzv_conf)
         name = args.rdzv_id if args.rdzv_id not in ("none", "") else self.identity.run_id
+        own_traits = traits(self.invocation, self.identity)
+        arbiter, port = self._arbiter(name), self._port(config, own_traits)
         listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
-        links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=int(config.get("port", 0)))
+        links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
         profile = Profile(
             node=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
             name=socket.gethostname(),
@@ -126,9 +128,9 @@ class _Node:
             port=links.port,
             workers=determine_local_world_size(args.nproc_per_node),
             wish=args.node_rank or None,
-            traits=traits(self.invocation, self.identity),
+            traits=own_traits,
         )
-        keeper = Keeper(profile, self._bounds(config), self._arbiter(name), links, listening=listening)
+        keeper = Keeper(profile, self._bounds(config), arbiter, links, listening=listening)
         me = Holder.this_process()
         return ElasticRendezvous(
             keeper,
@@ -137,6 +139,20 @@ class _Node:
             newest_generation=lambda: newest_generation(self.folder.generations),
             take_generation=lambda number: publish_generation(self.folder.generations, number, me),
         )
+
+    def _port(self, config: Mapping[str, str], own_traits: Mapping[str, str]) -> int:
+        """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
+        from elastic_fit.launch.introduction import introduce, is_here, parse_endpoint
+
+        args = self.invocation.torchrun
+        if not args.rdzv_endpoint or args.rdzv_backend in ETCD_BACKENDS:
+            return int(config.get("port", 0))
+        endpoint = parse_endpoint(args.rdzv_endpoint)
+        if is_here(endpoint[0]):
+            return endpoint[1] if is_free(endpoint[1]) else 0
+        is_first = FolderArbiter(self.folder.root / FOLDER).read() is None
+        introduce(endpoint, own_traits, is_first=is_first, tell=self.console.line)
+        return int(config.get("port", 0))
 
     def _bounds(self, config: Mapping[str, str]) -> Bounds:
         from torch.distributed.run import parse_min_max_nnodes
@@ -246,6 +262,15 @@ def own_address() -> str:
             if address.family == socket.AF_INET and not address.address.startswith("127."):
                 return str(address.address)
     return "127.0.0.1"
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on that port: a second agent on the endpoint's host takes another one."""
+    try:
+        socket.create_server(("0.0.0.0", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def interface_of(address: str) -> str | None:

@@ -9,22 +9,19 @@ from dataclasses import dataclass, field
 
 from elastic_fit.launch.contact import interval_s
 from elastic_fit.supervisor.membership import (
-    Bounds,
     End,
     Fence,
     Form,
     Move,
-    Peer,
     Propose,
     Train,
-    View,
     contacts,
     decide,
-    is_gone,
     next_round,
     release,
 )
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster
+from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
 
 
 @dataclass

@@ -14,6 +14,8 @@ import pytest
 from elastic_fit.supervisor.roster import refusal
 from tests.nodes.cluster import HOSTS, TRAIN, Cluster
 
+ARGUMENTS = ("/nowhere", "10", "0.1")
+
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Cluster]:
@@ -65,6 +67,19 @@ def test_two_newcomers_cause_one_change_and_another_script_is_refused_by_name(ho
     assert hosts.worlds() == [1, 3]
     assert refused.process.wait(30) == 1
     assert refused.told("refused h4: it has script (digest)"), refused.text()
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_node_that_sees_another_folder_is_refused_by_name_and_trains_nothing(hosts: Cluster, tmp_path: Path) -> None:
+    endpoint = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29400")
+    lost = hosts.run("h2", *endpoint, "--nnodes", "1:4", "--run-dir", str(tmp_path / "mine"), str(TRAIN), *ARGUMENTS)
+    hosts.wait_until(lambda: lost.told("the run folder is empty: looking for h1:29400"))
+    hosts.launch("h1", steps=100_000, script=TRAIN, flags=endpoint)
+    assert lost.process.wait(30) == 1
+    assert lost.told("h2 can't be part of the job of h1:29400: it has run folder (id)"), lost.text()
+    hosts.wait_until(lambda: hosts.trains_with(1))
+    assert {step["host"] for step in hosts.steps()} == {"h1"}
 
 
 @pytest.mark.system

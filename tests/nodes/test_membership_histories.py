@@ -7,8 +7,8 @@ from collections import defaultdict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastic_fit.supervisor.membership import Bounds
 from elastic_fit.supervisor.roster import Phase
+from elastic_fit.supervisor.view import Bounds
 from tests.nodes.simulation import World
 
 NAMES = ("h1", "h2", "h3", "h4", "h5")
