@@ -40,4 +40,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             "include them with: scripts/test --system"
         )
 
+
 pytest_plugins = ["tests.launching"]
