@@ -21,7 +21,9 @@ from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.resume import choose
 from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
+from elastic_fit.callbacks.trace import StepTrace
 from elastic_fit.supervisor.context import ResumePoint
+from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.store import CheckpointStore, LastN, surplus
 
 log = logging.getLogger("elastic_fit")
@@ -324,7 +326,10 @@ class RunCheckpoint(ElasticCheckpoint):
 
     def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
         settings = self._worker.context.settings
-        return companions(trainer, strict=settings.strict_data, reproducible=settings.reproducible)
+        found = companions(trainer, strict=settings.strict_data, reproducible=settings.reproducible)
+        if settings.trace_steps:
+            found.append(StepTrace(Ledger(self._worker.folder.trace), self._worker.fits))
+        return found
 
     def _make_store(self, root: Path) -> CheckpointStore:
         return self._worker.store(root)

@@ -32,6 +32,11 @@ class RunDir:
         return self.root / "events.jsonl"
 
     @property
+    def trace(self) -> Path:
+        """``trace.jsonl``: an event per optimizer step, with ``--trace-steps``."""
+        return self.root / "trace.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of all checkpoints; each ``fit`` call of the script has a sub-folder of it."""
         return self.root / "checkpoints"
