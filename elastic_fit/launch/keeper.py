@@ -203,7 +203,8 @@ class Keeper:
             profile=known.profile,
             up=self._links.is_up(node),
             refused=known.refused,
-            quiet_s=max(0.0, now - known.heard_s),
+            # A peer that does not hear this node is as good as silent, whatever it still says.
+            quiet_s=max(0.0, now - known.heard_s, float(state.get("quiet", {}).get(self.me.node, 0.0))),
             beat_age_s=self._contact.pulse.still_s(node, self._clock()),
             ready_for=state.get("ready"),
             waited_s=now - known.ready_since_s,
@@ -252,11 +253,18 @@ class Keeper:
             "report": self.report,
             "version": self.roster.version if self.roster else 0,
             "arbiter": now - self._heard_arbiter_s < self.bounds.fence_s,
+            "quiet": self._quiet(now),
         }
         last, said_s = self._said
         if state != last or now - said_s >= self.bounds.beat_s:
             self._said = (state, now)
             self._links.say(state)
+
+    def _quiet(self, now: float) -> dict[str, float]:
+        """Who has not been heard for a while, and for how many seconds, in whole beats."""
+        beat_s, known = self.bounds.beat_s, self._links.known
+        quiet = {node: now - peer.heard_s for node, peer in known.items() if now - peer.heard_s > QUIET_S}
+        return {node: seconds // beat_s * beat_s for node, seconds in quiet.items()}
 
     def _is_seated(self) -> bool:
         """Whether this node is in the round that runs: its agent may wait for one still, but not for the next."""

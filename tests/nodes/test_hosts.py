@@ -123,3 +123,31 @@ def test_frozen_host_that_wakes_up_later_finds_itself_fenced_off_and_comes_back(
     hosts.wait_until(lambda: hosts.trains_with(2, after=woken))
     assert_one_world_at_a_time(hosts)
     assert hosts.repeated() == []
+
+
+def test_cable_that_is_out_for_two_seconds_costs_nobody_a_place(hosts: Cluster) -> None:
+    for host in ("h1", "h2"):
+        hosts.launch(host, steps=100_000)
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    hosts.hosts("cut", "h2")
+    time.sleep(2)
+    hosts.hosts("heal", "h2")
+    healed = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(2, after=healed + 3))
+    assert hosts.worlds() == [2], hosts.story()
+
+
+def test_node_that_is_heard_and_does_not_hear_is_left_out_and_taken_back(hosts: Cluster) -> None:
+    for host in ("h1", "h2", "h3"):
+        hosts.launch(host, steps=100_000)
+    hosts.wait_until(lambda: hosts.trains_with(3))
+    muted = time.time()
+    hosts.hosts("mute", "h1", "h3")
+    hosts.hosts("mute", "h2", "h3")
+    hosts.wait_until(lambda: hosts.trains_with(2, after=muted))
+    hosts.hosts("unmute", "h1", "h3")
+    hosts.hosts("unmute", "h2", "h3")
+    heard = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(3, after=heard))
+    assert_one_world_at_a_time(hosts)
+    assert hosts.repeated() == []
