@@ -5,16 +5,18 @@
 Each round plays every arm once, in random order, in the same minutes: elastic-fit with warm workers and with fresh
 interpreters, torchrun as it is and with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, the latter two with ModelCheckpoint and
 ``ckpt_path="last"``. All have a budget of one restart. An arm that is not back within --limit seconds
-has not recovered.
-Ratios are paired by round.
+has not recovered. Ratios are paired by round. With ``--results FILE`` the rounds of several calls are added up there,
+and the tables are over all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from arms import Arm, Job, elastic, quartiles, torchrun
@@ -31,8 +33,20 @@ ARMS = (
 KILL_FROM, KILL_TO = 25, 60
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """What came of one kill."""
+
+    round: str
+    arm: str
+    seconds: float | None
+    """To the next optimizer step; None where it never came."""
+    parts: dict[str, float]
+    """What our ledger says of them."""
+
+
 def play(arm: Arm, folder: Path, limit_s: float) -> tuple[float | None, dict[str, float]]:
-    """Kill rank 1 once: seconds to the next step (None where it never came), and what our ledger says of them."""
+    """Kill rank 1 once; returns the seconds and the parts of a `Kill`."""
     with Job(arm, folder, steps=100_000, pause_ms=10.0) as job:
         strike_at = random.randint(KILL_FROM, KILL_TO)
         if job.wait_for(lambda stamp: stamp.step >= strike_at, 120.0) is None:
@@ -48,49 +62,55 @@ def play(arm: Arm, folder: Path, limit_s: float) -> tuple[float | None, dict[str
 
 
 def main() -> int:
-    """Play the rounds and print the table."""
+    """Play the rounds and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which an arm has not recovered")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="JSON lines: earlier rounds are read from it, new ones added")
     args = parser.parse_args()
-    random.seed(args.seed)
-    seconds: dict[str, list[float | None]] = {arm.name: [] for arm in ARMS}
-    parts: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in ARMS}
+    kills = read_results(args.results) if args.results else []
     with tempfile.TemporaryDirectory(prefix="elastic-fit-recovery-") as folder:
         for number in range(args.rounds):
             for arm in random.sample(ARMS, len(ARMS)):
-                took, split = play(arm, Path(folder) / f"{number}-{ARMS.index(arm)}", args.limit)
-                seconds[arm.name].append(took)
-                parts[arm.name].append(split)
+                took, parts = play(arm, Path(folder) / f"{number}-{ARMS.index(arm)}", args.limit)
+                kills.append(Kill(round=f"{folder}-{number}", arm=arm.name, seconds=took, parts=parts))
                 print(f"round {number + 1:2d}  {arm.name:28s} {f'{took:.2f} s' if took else 'not back'}", flush=True)
-    report(seconds, parts)
+                if args.results:
+                    with args.results.open("a") as file:
+                        file.write(json.dumps(asdict(kills[-1])) + "\n")
+    report(kills)
     return 0
 
 
-def report(seconds: dict[str, list[float | None]], parts: dict[str, list[dict[str, float]]]) -> None:
+def read_results(path: Path) -> list[Kill]:
+    """The kills of earlier calls."""
+    return [Kill(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(kills: list[Kill]) -> None:
     """The tables."""
-    ours = seconds[ARMS[0].name]
     print("\narm                           recovered   median s  (quartiles)      elastic-fit / arm, paired")
     for arm in ARMS:
-        known = [one for one in seconds[arm.name] if one is not None]
-        line = f"{arm.name:28s} {len(known):3d} of {len(seconds[arm.name]):3d}"
+        its = {kill.round: kill.seconds for kill in kills if kill.arm == arm.name}
+        known = [seconds for seconds in its.values() if seconds is not None]
+        line = f"{arm.name:28s} {len(known):3d} of {len(its):3d}"
         if known:
             middle, low, high = quartiles(known)
             line += f"   {middle:8.2f}  ({low:.2f} - {high:.2f})"
-        ratios = [mine / its for mine, its in zip(ours, seconds[arm.name]) if mine and its]
+        pairs = [(kill.seconds, its.get(kill.round)) for kill in kills if kill.arm == ARMS[0].name]
+        ratios = [mine / theirs for mine, theirs in pairs if mine and theirs]
         if ratios and arm is not ARMS[0]:
             middle, low, high = quartiles(ratios)
-            line += f"    1/{1 / middle:.1f}  (1/{1 / low:.1f} - 1/{1 / high:.1f}), {len(ratios)} pairs"
+            line += f"    1/{1 / middle:.1f}  (1/{1 / high:.1f} - 1/{1 / low:.1f}), {len(ratios)} pairs"
         print(line)
     for arm in ARMS:
-        known_parts = [split for split in parts[arm.name] if split]
-        if known_parts:
-            print(f"\n{arm.name}, median seconds by part, from the ledger of {len(known_parts)} runs")
-            for part in PARTS:
-                numbers = [split[part] for split in known_parts if part in split]
+        parts = [kill.parts for kill in kills if kill.arm == arm.name and kill.parts]
+        if parts:
+            print(f"\n{arm.name}, median seconds by part, from the ledger of {len(parts)} runs")
+            for name in PARTS:
+                numbers = [split[name] for split in parts if name in split]
                 if numbers:
-                    print(f"  {part.replace('_', ' '):14s} {quartiles(numbers)[0]:.3f}")
+                    print(f"  {name.replace('_', ' '):14s} {quartiles(numbers)[0]:.3f}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.api import to_map
 from torch.distributed.elastic.rendezvous import utils
 from torch.distributed.elastic.utils import macros
 
+from elastic_fit.launch._torchelastic import event_log_handlers
+
 
 def test_torch_is_a_version_that_the_adapter_was_read_against() -> None:
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
@@ -60,3 +62,4 @@ def test_small_functions_that_are_borrowed() -> None:
     assert list(macros.substitute(["${local_rank}", "x"], "3")) == ["3", "x"]
     assert utils._parse_rendezvous_config("a=1,b=2") == {"a": "1", "b": "2"}
     assert callable(to_map)
+    assert {"null", "console"} <= set(event_log_handlers())

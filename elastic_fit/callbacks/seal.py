@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.collective import gather
@@ -123,20 +124,23 @@ class Seals:
         staged = store.stage(name) if self._trainer.is_global_zero else None
         path = Path(str(strategy.broadcast(str(staged.path) if staged else None)))
         mine = staged or store.join(name, path)
-        error: str | None = None
+        problem: BaseException | None = None
         entries: tuple[FileEntry, ...] = ()
         try:
             with _lightning.shards_written_to(lambda shard: mine.open_part(os.path.relpath(shard, path))):
                 self._save(checkpoint, str(path), storage_options=storage_options)
             entries = tuple(_final_name(entry) for entry in mine.digests())
-        except OSError as failure:
-            error = f"rank {self._trainer.global_rank}: {failure.strerror or failure}"
-        reports = gather((entries, error, finite))
-        errors = [one[1] for one in reports if one[1]]
+        except (OSError, RuntimeError, CheckpointException) as failure:
+            problem = failure
+        refused = _refusal(problem, mine) if problem else None
+        reports = gather((entries, refused, finite))
+        refusals = [f"rank {rank}: {one[1]}" for rank, one in enumerate(reports) if one[1]]
         outcome = 0
         try:
-            if errors:
-                raise StorageError(f"could not write {store.root / name}: {'; '.join(errors)}")
+            if refusals:
+                raise StorageError(f"could not write {store.root / name}: {'; '.join(refusals)}") from problem
+            if problem is not None:
+                raise problem
             if staged is not None:
                 whole = all(one[2] for one in reports) if finite is not None else None
                 others = [entry for one in reports for entry in one[0]]
@@ -195,7 +199,11 @@ def persist(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, fa
     try:
         with store.stage(name) as staged:
             with staged.open() as file:
-                torch.save(checkpoint, file)  # type: ignore[arg-type]
+                try:
+                    torch.save(checkpoint, file)  # type: ignore[arg-type]
+                except RuntimeError as error:
+                    # What the zip writer makes of a disk that refuses.
+                    raise (file.failure or error) from error
             return staged.commit(facts).manifest.total_bytes
     except OSError as error:
         raise SaveFailed(store.root / name, error) from error
@@ -259,6 +267,19 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         versions={"torch": torch.__version__, "lightning": pl.__version__},
         extra=extra,
     )
+
+
+def _refusal(problem: BaseException, staged: Staged) -> str | None:
+    """What the disk said, if that is what stopped a save of shards; None where it is something else.
+
+    Torch's zip writer and torch.distributed.checkpoint hide it: the one behind a RuntimeError, the other behind an
+    exception that all ranks get.
+    """
+    if isinstance(problem, OSError):
+        return problem.strerror or str(problem)
+    if staged.failure is not None:
+        return staged.failure.strerror or str(staged.failure)
+    return "the zip writer failed" if "inline_container" in str(problem) else None
 
 
 def _commit_folder(staged: Staged, others: list[FileEntry], facts: Facts) -> int:

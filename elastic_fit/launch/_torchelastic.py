@@ -14,6 +14,7 @@ from typing import Any
 from torch.distributed import Store
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events import handlers
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from torch.distributed.elastic.utils import macros
@@ -25,6 +26,11 @@ class Result:
 
     succeeded: bool
     stopped: bool = False
+
+
+def event_log_handlers() -> list[str]:
+    """What ``--event-log-handler`` may name."""
+    return sorted(handlers._log_handlers)
 
 
 class TorchelasticAgent(LocalElasticAgent):

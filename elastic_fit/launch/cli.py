@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from elastic_fit import __version__
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.errors import ElasticFitError
 from elastic_fit.supervisor.exits import Exit as Status
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
+    if arguments[:1] == ["--version"]:
+        console.text(f"elastic-fit {__version__}")
+        return Status.FINISHED
     try:
         name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
         command = importlib.import_module(f"elastic_fit.launch.commands.{name}")

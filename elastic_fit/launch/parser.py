@@ -15,13 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from torch.distributed.run import get_args_parser, parse_min_max_nnodes
+from torch.distributed.elastic.multiprocessing import Std
+from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
+from elastic_fit.launch._torchelastic import event_log_handlers
 from elastic_fit.supervisor.context import Settings
 from elastic_fit.supervisor.errors import UsageError
 
 DEFAULT_MAX_RESTARTS = 3
 ENVIRONMENT_PREFIX = "ELASTIC_FIT_"
+WITHOUT_EFFECT = {
+    "--numa-binding": "numa_binding",
+    "--logs-specs": "logs_specs",
+    "--duplicate-stdout-filters": "duplicate_stdout_filters",
+    "--duplicate-stderr-filters": "duplicate_stderr_filters",
+}
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -44,6 +52,8 @@ class Invocation:
     dry_run: bool
     resume_from: Path | None
     force: bool
+    without_effect: tuple[str, ...]
+    """Flags of torchrun's that were given and that change nothing here."""
 
 
 def parse_duration(text: str) -> float:
@@ -118,9 +128,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     parser = build_parser()
     mine, script, rest = _split(list(argv), parser)
     if script is None:
-        # Let argparse say what is wrong, or missing.
-        parsed = parser.parse_args(mine)
-        raise UsageError("no script to run", hint=f"elastic-fit train.py ({parsed})")
+        raise UsageError("there is no script to run", hint="elastic-fit [flags] train.py; elastic-fit --help lists all")
     parsed = parser.parse_args([*mine, script])
     return _checked(parsed, script, rest)
 
@@ -183,6 +191,7 @@ def _unknown(flag: str, parser: argparse.ArgumentParser) -> UsageError:
 
 def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invocation:
     _check_nodes(parsed.nnodes)
+    _check_workers(parsed)
     if parsed.module and parsed.no_python:
         raise UsageError("-m and --no-python exclude each other", hint="-m runs a Python module")
     if not parsed.module and not parsed.no_python and not Path(script).is_file():
@@ -205,6 +214,9 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invoca
         dry_run=parsed.dry_run,
         resume_from=Path(parsed.resume_from) if parsed.resume_from else None,
         force=parsed.force,
+        without_effect=tuple(
+            flag for flag, name in WITHOUT_EFFECT.items() if getattr(parsed, name, None) not in (None, [], "")
+        ),
     )
 
 
@@ -229,7 +241,35 @@ def _check_nodes(text: str) -> None:
     except (ValueError, RuntimeError):
         raise UsageError(f"--nnodes {text} is not a number or MIN:MAX", hint="for example --nnodes 1:4") from None
     if not 0 < least <= most:
-        raise UsageError(f"--nnodes {text}: the minimum must be above zero and not above the maximum", hint="MIN:MAX")
+        raise UsageError(
+            f"--nnodes {text}: the minimum must be above zero and not above the maximum",
+            hint="write MIN:MAX, for example --nnodes 1:4",
+        )
+
+
+def _check_workers(parsed: argparse.Namespace) -> None:
+    """What torchrun would only find out later, or not at all."""
+    try:
+        workers = determine_local_world_size(parsed.nproc_per_node)
+    except ValueError as error:
+        raise UsageError(f"--nproc-per-node {parsed.nproc_per_node}: {error}", hint="a number, auto or cpu") from None
+    if workers < 1:
+        raise UsageError(f"--nproc-per-node {parsed.nproc_per_node} is not above zero", hint="a number, auto or cpu")
+    for flag in ("redirects", "tee"):
+        try:
+            Std.from_str(getattr(parsed, flag))
+        except ValueError:
+            hint = f"0 none, 1 stdout, 2 stderr, 3 both; or by local rank: --{flag} 0:3,1:1"
+            raise UsageError(f"--{flag} {getattr(parsed, flag)} names no streams", hint=hint) from None
+    if not re.fullmatch(r"\d+(,\d+)*|", parsed.local_ranks_filter):
+        raise UsageError(
+            f"--local-ranks-filter {parsed.local_ranks_filter} is not a list of ranks", hint="for example 0,1"
+        )
+    if parsed.event_log_handler not in event_log_handlers():
+        raise UsageError(
+            f"there is no event log handler {parsed.event_log_handler}",
+            hint=f"one of {', '.join(event_log_handlers())}",
+        )
 
 
 def _from_environment(variable: str, default: int) -> int:

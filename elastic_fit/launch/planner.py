@@ -16,6 +16,7 @@ from elastic_fit.launch._torchelastic import TorchelasticAgent
 from elastic_fit.launch.attempt import BOARD_PATH, Program, WorkerPlan
 from elastic_fit.launch.streams import Route
 from elastic_fit.supervisor.context import ENVIRONMENT_VARIABLE, ResumePoint, WorkerContext
+from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -91,7 +92,13 @@ class Planner:
 
     def _logs(self, attempt: int) -> Path:
         logs = self.logs_root / f"{self._generation}-{attempt}"
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"can't make the folder of logs {logs}: {error.strerror}",
+                hint="give another one with --log-dir, or free some space",
+            ) from error
         return logs
 
     def _route(self, stream: Std, worker: Worker, logs: Path) -> Route:

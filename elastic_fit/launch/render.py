@@ -133,10 +133,10 @@ class Console:
 
     def finish(self, status: Status, goodput: Goodput) -> None:
         """The closing line."""
-        share = f"{goodput.productive_share:.1%}" if goodput.total_s else "-"
+        share = f", {goodput.productive_share:.1%} of the time productive" if goodput.steps else ""
         self.line(
             f"{status.name.lower()} (exit {int(status)}): {goodput.steps} steps, {goodput.restarts} restarts, "
-            f"{goodput.repeated} steps repeated, {share} of the time productive"
+            f"{goodput.repeated} steps repeated{share}"
         )
         for text in goodput.save_failures[-3:]:
             self.line(f"a save failed: {text}", style="31")

@@ -35,6 +35,8 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     Raises the ElasticFitError family for what a person can mend before anything has started.
     """
     folder = RunDir(invocation.run_dir.resolve())
+    for flag in invocation.without_effect:
+        console.line(f"{flag} has no effect under elastic-fit")
     if invocation.dry_run:
         console.plan(invocation, folder, _would_resume(invocation, folder))
         return Status.FINISHED
@@ -103,6 +105,8 @@ class _Launch:
             productive_share=round(result.productive_share, 4),
         )
         self.console.finish(agent.status, result)
+        if ledger.failure is not None:
+            self.console.line(f"the ledger lacks what came last: {ledger.failure.strerror}", style="31")
         return agent.status
 
     def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch, planner: Planner) -> ElasticAgent:

@@ -35,6 +35,7 @@ class _Stream:
         self._prefix = route.prefix.encode()
         self._log = os.open(route.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._line = b""
+        self._lost_bytes = 0
 
     def copy(self) -> bool:
         """Move what is there; False at the end."""
@@ -45,9 +46,22 @@ class _Stream:
         if not data:
             self._show(b"\n" if self._line else b"")
             return False
-        _write_all(self._log, data)
+        self._keep(data)
         self._show(data)
         return True
+
+    def _keep(self, data: bytes) -> None:
+        """Into the file; a disk that refuses must not hold the worker up, and the file says what it lacks."""
+        left = memoryview(data)
+        try:
+            if self._lost_bytes:
+                gap = f"\n[elastic-fit: {self._lost_bytes} bytes are missing here: the disk refused them]\n"
+                _write_all(self._log, gap.encode())
+                self._lost_bytes = 0
+            while left:
+                left = left[os.write(self._log, left) :]
+        except OSError:
+            self._lost_bytes += len(left)
 
     def _show(self, data: bytes) -> None:
         if self._console is None or not data:

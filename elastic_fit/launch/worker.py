@@ -106,9 +106,9 @@ def _status_of(end: SystemExit, board: Board) -> int:
 
 def _report(error: BaseException, board: Board) -> None:
     """Print the traceback without our own frames and leave it for the agent."""
-    own = str(Path(__file__))
+    own = (__file__, runpy.run_module.__code__.co_filename)
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in (own, runpy.__file__):
+    while trace is not None and trace.tb_frame.f_code.co_filename in own:
         trace = trace.tb_next
     linecache.checkcache()
     text = "".join(traceback.format_exception(type(error), error, trace))

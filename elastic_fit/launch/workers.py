@@ -103,6 +103,7 @@ class Nursery:
 
         Raises NurseryLost, or ElasticFitError where the system refused to fork.
         """
+        self.ready()
         kind, target, args = job
         message = {
             "op": "spawn",
@@ -148,6 +149,8 @@ class Nursery:
     def close(self) -> None:
         """End it and every worker that is left; returns when all are gone."""
         self._channel.close()
+        if not self._is_ready:
+            self._process.kill()  # it still imports, and has forked nobody
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -65,11 +65,12 @@ def account(events: Iterable[Event]) -> Goodput:
         if event.event == "save":
             book.saving += float(event.get("stall_s") or event.get("seconds") or 0.0)
         elif event.event == "save_failed":
-            failures.append(f"{event.get('path')}: {event.get('error')}")
+            failures.append(str(event.get("error")))
         _note_training(book, event)
         book.steps = max(book.steps, int(event.get("step") or 0))
+    _close(book)
     return Goodput(
-        total_s=book.total + (book.last - book.began if book.began else 0.0),
+        total_s=book.total,
         saving_s=book.saving,
         restarting_s=book.restarting,
         lost_s=book.lost,
@@ -96,8 +97,10 @@ def _note_launchers(book: _Account, event: Event) -> None:
 
 def _close(book: _Account) -> None:
     """The clock has stood still since the last event."""
-    book.total += book.last - book.began if book.began else 0.0
-    book.began = 0.0
+    if book.began:
+        book.total += book.last - book.began
+        book.restarting += book.last - book.waiting_since if book.waiting_since else 0.0
+    book.began = book.waiting_since = 0.0
     book.launchers.clear()
 
 

@@ -7,16 +7,20 @@ skips a line that it can't parse and counts it.)
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+MOST_WAITING = 10_000
+"""Events that wait in memory for a disk that can't take them; beyond that the oldest go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,9 @@ class Event:
 class Ledger:
     """Appends events to a run's ``events.jsonl``.
 
+    An event that can't be written now (a full disk) waits in memory for the next one: a run doesn't end because its
+    diary is full. `failure` tells.
+
     Args:
         path: the file; it and its folder are made when the first event is written.
         clock: seconds since the epoch.
@@ -53,22 +60,40 @@ class Ledger:
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, **always: Any) -> None:
         self.path = Path(path)
+        self.failure: OSError | None = None
+        """Why the newest event could not be written; None where all is well."""
         self._clock = clock
         self._always = always
         self._host = socket.gethostname()
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
 
     def bind(self, **always: Any) -> Ledger:
         """A writer to the same file whose events carry `always` as well."""
-        return Ledger(self.path, clock=self._clock, **{**self._always, **always})
+        bound = Ledger(self.path, clock=self._clock, **{**self._always, **always})
+        bound._waiting = self._waiting
+        return bound
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event. Raises OSError where the file can't be written."""
+        """Append one event, after those that wait."""
         record = {"t": round(self._clock(), 6), "event": event, "host": self._host, "pid": os.getpid()}
-        line = json.dumps({**record, **self._always, **fields}, default=str) + "\n"
+        self._waiting.append(json.dumps({**record, **self._always, **fields}, default=str).encode() + b"\n")
+        try:
+            self._append_waiting()
+            self.failure = None
+        except OSError as error:
+            self.failure = error
+
+    def _append_waiting(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            while self._waiting:
+                line = self._waiting[0]
+                if os.write(descriptor, line) < len(line):
+                    # What is torn is no line: readers skip it, and the event is written anew on a line of its own.
+                    self._waiting[0] = b"\n" + line.lstrip(b"\n")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._waiting.popleft()
         finally:
             os.close(descriptor)
 

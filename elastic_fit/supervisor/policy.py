@@ -22,6 +22,8 @@ SECONDARY = (
     r"watchdog caught collective",
 )
 _SECONDARY = re.compile("|".join(SECONDARY), re.IGNORECASE | re.DOTALL)
+NOT_RUN = (126, 127)
+"""Exit statuses of a command that could not be executed, or was not found."""
 _TRANSIENT_TYPES = frozenset(
     {
         "ConnectionError",
@@ -98,7 +100,10 @@ class WorkerFailure:
         if self.trained or self.signal or self.is_secondary:
             return False
         if self.type == "SystemExit":
-            return self.code == 2
+            # argparse's own status, or a text: the script has looked and refuses.
+            return self.code == 2 or not self.message.removeprefix("SystemExit: ").lstrip("-").isdigit()
+        if self.code in NOT_RUN and not self.type:
+            return True
         return bool(_MISTAKE_TYPES.intersection(self.bases)) and not _TRANSIENT_TYPES.intersection(self.bases)
 
 

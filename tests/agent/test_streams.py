@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elastic_fit.launch.signals import SignalLatch
 from elastic_fit.launch.streams import Route, Streams
-from tests.agent.harness import wait_until
+from tests.agent.harness import largest_file, wait_until
 
 
 def write_and_finish(streams: Streams, sink: int, *pieces: bytes) -> None:
@@ -73,3 +73,32 @@ def test_signals_wait_for_the_loop_and_the_old_handlers_come_back() -> None:
         assert sorted(latch.take()) == [signal.SIGUSR1, signal.SIGTERM]
         assert latch.take() == []
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_full_disk_under_the_logs_holds_no_worker_up(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    (tmp_path / "log").symlink_to("/dev/full")
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    write_and_finish(streams, sink, b"a\n", b"b\n" * 40_000)
+    assert os.read(reader, 4) == b"a\nb\n"
+
+
+def test_log_says_what_it_lacks_when_the_disk_has_room_again(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    streams.start()
+    with largest_file(1000):
+        os.write(sink, b"k" * 900)
+        os.write(sink, b"x" * 500)
+        shown = b""
+        while len(shown) < 1400:
+            shown += os.read(reader, 100)
+    os.write(sink, b"more\n")
+    os.close(sink)
+    streams.finish()
+    kept, gap, more = (tmp_path / "log").read_bytes().split(b"\n", 2)
+    assert kept == b"k" * 900 + b"x" * 100
+    assert gap == b"[elastic-fit: 400 bytes are missing here: the disk refused them]"
+    assert more == b"more\n"

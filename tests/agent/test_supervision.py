@@ -68,7 +68,15 @@ def test_traceback_of_the_first_rank_to_fail_is_kept_without_record_decorator(tm
 
 
 @pytest.mark.parametrize(
-    "mistake", ["import no_such_module", "int('x')", "def f(:", "import sys; sys.exit(2)", "open('/no/such/file')"]
+    "mistake",
+    [
+        "import no_such_module",
+        "int('x')",
+        "def f(:",
+        "import sys; sys.exit(2)",
+        "import sys; sys.exit('no data')",
+        "open('/no/such/file')",
+    ],
 )
 def test_mistake_before_the_first_step_ends_the_run_at_once(tmp_path: Path, mistake: str) -> None:
     with Node(tmp_path, mistake + "\n", workers=1) as node:

@@ -47,6 +47,32 @@ def test_a_syntax_error_in_the_script_is_shown_as_python_shows_it(tmp_path: Path
     assert "elastic_fit/launch" not in done.stderr
 
 
+def test_a_module_that_nobody_has_is_said_without_the_interpreters_own_frames(tmp_path: Path) -> None:
+    done = elastic_fit("--no-warm", "-m", "no_such_module", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "No module named no_such_module" in done.stderr
+    assert "runpy" not in done.stderr
+
+
+def test_a_folder_of_logs_that_cannot_be_made_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    done = elastic_fit("train.py", "--no-warm", "--log-dir", "/dev/null", cwd=tmp_path)
+    assert done.returncode == 74
+    assert "/dev/null" in done.stderr
+    assert "--log-dir" in done.stderr
+
+
+def test_without_arguments_it_says_what_it_wants_at_once(tmp_path: Path) -> None:
+    code = "import sys; from elastic_fit.launch import cli; cli.main([]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "there is no script to run" in done.stderr
+
+
+def test_version(tmp_path: Path) -> None:
+    assert elastic_fit("--version", cwd=tmp_path).stdout.startswith("elastic-fit 0.")
+
+
 def test_a_run_folder_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
     (tmp_path / "taken").write_text("")

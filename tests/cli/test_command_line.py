@@ -94,7 +94,15 @@ MISTAKES = {
     "--checkpoint-interval soon train.py": "not a duration",
     "--keep 0 train.py": "not a whole number above zero",
     "-m --no-python train.py": "exclude each other",
-    "--nproc-per-node 2": "required",
+    "--nproc-per-node 2": "no script to run",
+    "--nproc-per-node gpu train.py": "Cuda is not available",
+    "--nproc-per-node many train.py": "--nproc-per-node many",
+    "--nproc-per-node 0 train.py": "not above zero",
+    "--tee all train.py": "--tee all names no streams",
+    "--redirects 9 train.py": "--redirects 9 names no streams",
+    "--local-ranks-filter first train.py": "--local-ranks-filter first",
+    "--event-log-handler none train.py": "one of console",
+    "--master-port http train.py": "invalid int value",
 }
 
 
@@ -105,6 +113,11 @@ def test_a_mistake_is_named_with_a_hint(line: str) -> None:
     assert MISTAKES[line] in f"{mistake.value.message} {mistake.value.hint}"
     assert mistake.value.hint
     assert "\n" not in mistake.value.message
+
+
+def test_flags_of_torchruns_that_change_nothing_here_are_named() -> None:
+    assert parse(["--numa-binding", "node", "train.py"]).without_effect == ("--numa-binding",)
+    assert parse(["--tee", "3", "train.py"]).without_effect == ()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("500ms", 0.5), ("30s", 30), ("5m", 300), ("1.5h", 5400)])

@@ -77,6 +77,22 @@ def test_a_launcher_that_was_killed_leaves_no_gap_either() -> None:
     assert result.total_s == 10
 
 
+def test_what_follows_the_last_failure_of_a_run_that_gives_up_is_not_productive() -> None:
+    result = ledger(
+        (0, "generation"),
+        (0, "start"),
+        (1, "training", {"step": 1}),
+        (5, "worker_exit", {"code": -9, "step": 40}),
+        (9, "decision", {"action": "give_up"}),
+        (10, "finish"),
+    )
+    assert (result.restarting_s, result.productive_s) == (6, 4)
+
+
+def test_a_run_that_never_came_to_its_first_step_was_not_productive() -> None:
+    assert ledger((0, "generation"), (0, "start"), (3, "finish")).productive_share == 0
+
+
 def test_a_node_that_joins_begins_nothing_anew() -> None:
     events = [
         Event(t=1000.0, event="start", host="a", pid=1, fields={}),
@@ -90,5 +106,5 @@ def test_a_node_that_joins_begins_nothing_anew() -> None:
 
 
 def test_failed_saves_are_told() -> None:
-    result = ledger((0, "start"), (1, "save_failed", {"path": "/x", "error": "No space left on device"}))
-    assert result.save_failures == ("/x: No space left on device",)
+    result = ledger((0, "start"), (1, "save_failed", {"path": "/x", "error": "could not write /x: No space left"}))
+    assert result.save_failures == ("could not write /x: No space left",)

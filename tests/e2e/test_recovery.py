@@ -150,3 +150,43 @@ def test_resume_from_takes_a_named_checkpoint_and_refuses_a_torn_one(elastic: El
     refused = elastic("trainer().fit(Model())\n", "--resume-from", str(named))
     assert refused.code == 74
     assert "can't be resumed from" in refused.said
+
+
+FULL_FROM_4_TO_12 = """
+import resource
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+full = At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, most)))
+room = At(12, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))
+"""
+"""Meanwhile no process of the job can write more than 500 bytes into a file."""
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(elastic: Elastic) -> None:
+    outcome = elastic(f"{FULL_FROM_4_TO_12}trainer(full, room).fit(Model())\n", "--checkpoint-steps", "3")
+    assert outcome.code == 0, outcome.output()
+    assert outcome.notes("trained") == EVERY_STEP_ONCE
+    assert {event["step"] for event in outcome.events("save_failed")} == {6, 8, 9}
+    assert outcome.steps()[-1] == 16
+    assert "a save failed: could not write" in outcome.said
+    assert "File too large" in outcome.output()
+
+
+def test_a_full_disk_costs_no_run_whose_checkpoints_are_folders_of_shards(elastic: Elastic) -> None:
+    outcome = elastic(
+        f"""{FULL_FROM_4_TO_12}
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+class Sharded(Model):
+    def configure_model(self):
+        fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+trainer(full, room, strategy=strategy).fit(Sharded())
+""",
+        "--checkpoint-steps",
+        "3",
+    )
+    assert outcome.code == 0, outcome.output()
+    assert {event["step"] for event in outcome.events("save_failed")} == {6, 8, 9}
+    assert outcome.steps()[-1] == 16

@@ -103,14 +103,20 @@ class DigestingFile:
         self._size = 0
         self._descriptor = disk.create(path)
         self._closed = False
+        self.failure: OSError | None = None
+        """What the disk said when it refused a write: `torch.save` makes something else of it."""
 
     def write(self, data: object) -> int:
         """Append bytes; returns how many."""
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         self._hash.update(view)
         written = 0
-        while written < len(view):
-            written += self._disk.write(self._descriptor, view[written:])
+        try:
+            while written < len(view):
+                written += self._disk.write(self._descriptor, view[written:])
+        except OSError as error:
+            self.failure = error
+            raise
         self._size += written
         return written
 
@@ -173,6 +179,11 @@ class Staged:
     def target(self) -> Path:
         """The name it will have."""
         return self._root / self._name
+
+    @property
+    def failure(self) -> OSError | None:
+        """What the disk said when it refused something to this process."""
+        return next((file.failure for file in self._files if file.failure is not None), None)
 
     def mkdir(self) -> Path:
         """Make it a folder."""
