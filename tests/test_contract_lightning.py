@@ -10,10 +10,11 @@ import inspect
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -100,6 +101,20 @@ def test_fit_takes_the_arguments_that_the_launcher_passes_on() -> None:
         "ckpt_path",
         "weights_only",
     ]
+
+
+def test_lightnings_own_requeue_is_off_under_a_launcher_that_says_so(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    launcher = {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**job, "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(name, value)
+    assert isinstance(trainer(tmp_path)._accelerator_connector.cluster_environment, SLURMEnvironment)
+    for name, value in {**ranks, **launcher}.items():
+        monkeypatch.setenv(name, value)
+    assert isinstance(trainer(tmp_path)._accelerator_connector.cluster_environment, TorchElasticEnvironment)
+    source = inspect.getsource(_SignalConnector.register_signal_handlers)
+    assert "isinstance(environment, SLURMEnvironment) and environment.auto_requeue" in source
 
 
 def test_process_groups_can_be_aborted() -> None:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.checkpoint import RunCheckpoint
@@ -31,9 +32,17 @@ def _sized(init: Any) -> Any:
     def __init__(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         kwargs["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
         kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+        if kwargs.get("plugins"):
+            kwargs["plugins"] = _without_slurm(kwargs["plugins"])
         init(self, *args, **kwargs)
 
     return __init__
+
+
+def _without_slurm(plugins: Any) -> list[Any]:
+    """The plugins but for Lightning's own view of SLURM, which counts `srun`'s tasks and puts the job back as well."""
+    found = plugins if isinstance(plugins, (list, tuple)) else [plugins]
+    return [plugin for plugin in found if not isinstance(plugin, SLURMEnvironment)]
 
 
 def _numbered(fit: Any) -> Any:

@@ -78,6 +78,8 @@ class Effects:
     """Choose and verify the points to go on from; raises NoValidCheckpoint."""
     plan: Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
     """What to start one worker with, in a given attempt."""
+    seconds_left: Callable[[], float | None] = lambda: None
+    """What whoever stops the run leaves it; None where that isn't known."""
     now_ns: Callable[[], int] = time.monotonic_ns
     draw: Callable[[], float] = random.random
 
@@ -242,11 +244,13 @@ class ElasticAgent(TorchelasticAgent):
                     self._attempt.kill()
 
     def _request_stop(self, number: int) -> None:
+        left = self._fx.seconds_left()
+        grace_s = self._limits.grace_s if left is None else min(left, self._limits.grace_s)
         now = self._fx.now_ns()
-        self._stop = Stop(signal=number, deadline_ns=now + int(self._limits.grace_s * 1e9))
+        self._stop = Stop(signal=number, deadline_ns=now + int(grace_s * 1e9))
         name = signal.Signals(number).name
-        self._fx.ledger.write("stop_requested", source="signal", reason=name, deadline_s=self._limits.grace_s)
-        self._fx.observer.stopping(name, self._limits.grace_s)
+        self._fx.ledger.write("stop_requested", source="signal", reason=name, deadline_s=grace_s)
+        self._fx.observer.stopping(name, grace_s)
         if self._attempt is not None:
             self._requests += 1
             self._attempt.ask(self._requests, StopMode.SAVE, self._stop.deadline_ns)

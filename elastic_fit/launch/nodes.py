@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from elastic_fit.launch.arbiter import Arbiter, FolderArbiter
+from elastic_fit.launch.requeue import JobStart
+from elastic_fit.launch.slurm import Controller
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.goodput import account
 from elastic_fit.supervisor.ledger import Ledger, read
@@ -60,7 +62,8 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
     folder = RunDir(invocation.run_dir.resolve())
     if invocation.fresh and not _others_run(folder):
         console.set_aside(folder.set_aside())
-    identity = folder.create(command=sys.argv)
+    job = invocation.job
+    identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
     return _Node(invocation, console, nursery, folder, identity).run()
 
 
@@ -79,6 +82,7 @@ class _Node:
     nursery: Nursery
     folder: RunDir
     identity: Identity
+    _start: JobStart | None = None
     _waits_for: str = ""
     _tell_at_s: float = 0.0
 
@@ -88,11 +92,21 @@ class _Node:
         ledger = Ledger(self.folder.events)
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
         self.nursery.preload(self.invocation.preload)
+        self._start = job_start(self.invocation, self.folder, ledger, self.console)
+        # The signals stay latched to the end: a node that is still putting its job back is not to be ended by one.
+        with SignalLatch() as latch:
+            status = self._take_part(ledger, latch)
+            if self._start is not None:
+                self._start.end(status)
+        return status
+
+    def _take_part(self, ledger: Ledger, latch: SignalLatch) -> Status:
+        if self._start is not None:
+            self._start.begin()
         rendezvous = self._rendezvous()
         try:
-            with SignalLatch() as latch:
-                agent = self._agent(ledger, latch, rendezvous)
-                agent.run()
+            agent = self._agent(ledger, latch, rendezvous)
+            agent.run()
         finally:
             rendezvous.shutdown()
         result = account(read(self.folder.events))
@@ -121,9 +135,10 @@ class _Node:
         arbiter, port = self._arbiter(name), self._port(config, own_traits)
         listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
         links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
+        host = (self.invocation.job.node if self.invocation.job else "") or socket.gethostname()
         profile = Profile(
-            node=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
-            name=socket.gethostname(),
+            node=f"{host}-{os.getpid()}-{secrets.token_hex(3)}",
+            name=host,
             address=args.local_addr or own_address(),
             port=links.port,
             workers=determine_local_world_size(args.nproc_per_node),
@@ -144,11 +159,17 @@ class _Node:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
         from elastic_fit.launch.introduction import introduce, is_here, parse_endpoint
 
-        args = self.invocation.torchrun
-        if not args.rdzv_endpoint or args.rdzv_backend in ETCD_BACKENDS:
+        args, job = self.invocation.torchrun, self.invocation.job
+        if args.rdzv_endpoint and args.rdzv_backend not in ETCD_BACKENDS:
+            endpoint = parse_endpoint(args.rdzv_endpoint)
+            here = is_here(endpoint[0])
+        elif job is not None and len(job.nodes) > 1 and "port" not in config:
+            first = job.nodes[0]
+            here = job.node == first
+            endpoint = (first if here else reachable(first, Controller(job)), job.port)
+        else:
             return int(config.get("port", 0))
-        endpoint = parse_endpoint(args.rdzv_endpoint)
-        if is_here(endpoint[0]):
+        if here:
             return endpoint[1] if is_free(endpoint[1]) else 0
         is_first = FolderArbiter(self.folder.root / FOLDER).read() is None
         introduce(endpoint, own_traits, is_first=is_first, tell=self.console.line)
@@ -196,6 +217,7 @@ class _Node:
             observer=self.console,
             select_resume=ResumeChooser(self.folder, ledger, self.invocation),
             plan=self._planner(rendezvous),
+            seconds_left=self._start.seconds_left if self._start is not None else lambda: None,
         )
         return ClusterAgent(
             spec,
@@ -241,6 +263,22 @@ class _Node:
     def _tell_news(self, text: str) -> None:
         self._waits_for = ""
         self.console.line(text)
+
+
+def job_start(invocation: Invocation, folder: RunDir, ledger: Ledger, console: Console) -> JobStart | None:
+    """The start of the SLURM job that this launcher is part of, if it is part of one."""
+    job = invocation.job
+    if job is None:
+        return None
+    return JobStart(job=job, folder=folder, ledger=ledger, controller=Controller(job), tell=console.line)
+
+
+def reachable(node: str, controller: Controller) -> str:
+    """A name or an address of a SLURM node that resolves here."""
+    try:
+        return socket.gethostbyname(node)
+    except OSError:
+        return controller.address(node)
 
 
 def _config(text: str) -> dict[str, str]:
@@ -291,4 +329,5 @@ def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
         "python": ".".join(platform.python_version_tuple()[:2]),
         "script": digest,
         "run": identity.run_id,
+        **(invocation.job.traits if invocation.job is not None else {}),
     }

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import Std
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
 from elastic_fit.launch._torchelastic import event_log_handlers
+from elastic_fit.launch.slurm import Job
 from elastic_fit.supervisor.context import Settings
 from elastic_fit.supervisor.errors import UsageError
 
@@ -54,6 +55,8 @@ class Invocation:
     force: bool
     without_effect: tuple[str, ...]
     """Flags of torchrun's that were given and that change nothing here."""
+    job: Job | None = None
+    """The SLURM job that this launcher is part of."""
 
 
 def parse_duration(text: str) -> float:
@@ -89,8 +92,20 @@ def build_parser() -> argparse.ArgumentParser:
         if action.dest == "max_restarts":
             action.default = _from_environment("PET_MAX_RESTARTS", DEFAULT_MAX_RESTARTS)
             action.help = "Failures in a row without progress that are answered with a restart (default 3)."
+    _set_defaults_of_job(parser)
     _add_ours(parser.add_argument_group("elastic-fit"))
     return parser
+
+
+def _set_defaults_of_job(parser: argparse.ArgumentParser) -> None:
+    """Inside a SLURM job its size and this node's place in it are the defaults; what torchrun's variables say wins."""
+    job = Job.from_environment()
+    if job is None:
+        return
+    found = {"nnodes": str(len(job.nodes) or 1), "node_rank": job.index}
+    if job.gpus:
+        found["nproc_per_node"] = str(job.gpus)
+    parser.set_defaults(**{name: value for name, value in found.items() if f"PET_{name.upper()}" not in os.environ})
 
 
 def _add_ours(group: argparse._ArgumentGroup) -> None:
@@ -131,6 +146,21 @@ def parse(argv: Sequence[str]) -> Invocation:
         raise UsageError("there is no script to run", hint="elastic-fit [flags] train.py; elastic-fit --help lists all")
     parsed = parser.parse_args([*mine, script])
     return _checked(parsed, script, rest)
+
+
+def find_script(argv: Sequence[str]) -> tuple[str, bool]:
+    """The script, or the module (then True), that a command line names. Raises UsageError where there is none.
+
+    For a machine that is not the one to run on: whether there are GPUs is not looked at.
+    """
+    parser = build_parser()
+    mine, script, _ = _split(list(argv), parser)
+    if script is None:
+        raise UsageError("no script to run", hint="elastic-fit slurm train.py --nodes 1-4 --time 4:00:00")
+    is_module = bool(parser.parse_args([*mine, script]).module)
+    if not is_module and not Path(script).is_file():
+        raise UsageError(f"there is no script {script}", hint="give the path of a Python file, or -m and a module")
+    return script, is_module
 
 
 def _split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], str | None, list[str]]:
@@ -198,14 +228,19 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invoca
         raise UsageError(f"there is no script {script}", hint="give the path of a Python file, or -m and a module")
     if parsed.max_restarts < 0:
         raise UsageError(f"--max-restarts {parsed.max_restarts} is below zero", hint="0 means no restart at all")
+    job = Job.from_environment()
+    if job is not None:
+        job.check()
     stem = script.replace(".", "_") if parsed.module else Path(script).stem
+    # Two jobs of the same script are two runs; one that SLURM starts again is the same.
+    name = f"{stem}-{job.tag}" if job is not None else stem
     return Invocation(
         torchrun=parsed,
         script=script,
         script_args=tuple(rest),
         module=bool(parsed.module),
         no_python=bool(parsed.no_python),
-        run_dir=Path(parsed.run_dir or Path("runs") / stem),
+        run_dir=Path(parsed.run_dir or Path("runs") / name),
         fresh=parsed.fresh,
         settings=_settings(parsed),
         max_restarts=parsed.max_restarts,
@@ -217,6 +252,7 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invoca
         without_effect=tuple(
             flag for flag, name in WITHOUT_EFFECT.items() if getattr(parsed, name, None) not in (None, [], "")
         ),
+        job=job,
     )
 
 

@@ -55,9 +55,14 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
 
 
 def _has_several_nodes(invocation: Invocation) -> bool:
-    """Whether more than one node may take part: then membership holds the run, and no lock does."""
+    """Whether membership holds the run, and no lock does: where more than one node may take part, and under SLURM.
+
+    SLURM may start a job again elsewhere while this node's part of it still runs: membership ends the earlier start.
+    """
     from torch.distributed.run import parse_min_max_nnodes
 
+    if invocation.job is not None:
+        return True
     return parse_min_max_nnodes(invocation.torchrun.nnodes)[1] > 1 and not invocation.torchrun.standalone
 
 

@@ -5,6 +5,7 @@ The rules, from which the rest follows:
 - Whoever stores the next version of the roster has decided; everybody else reads it and follows.
 - A round ends with a *gathering*: one leader, to whom every node that wants to go on connects and says that its own
   workers have ended. Only then does the leader form the next round, under the next generation.
+- A later start of the same job takes the place of an earlier one, whose nodes may still run somewhere.
 - A false alarm does no harm beyond the time it costs: who was taken for lost but connects to the leader is in again.
 - Nobody compares clocks. A peer is silent when the observer's own clock has run too long since the peer was heard.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, count_flaps, put_off_s, seat
+from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, count_flaps, is_earlier_start, put_off_s, seat
 from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
 
 NAMES_TOLD = 8
@@ -84,6 +85,8 @@ def decide(view: View) -> Move:
     if roster.phase is Phase.CLOSED:
         if roster.version > view.born_version:
             return End()
+        return Propose(roster=_opening(view, roster.version + 1, roster.round + 1, roster.generation))
+    if is_earlier_start(roster, view.me.traits):
         return Propose(roster=_opening(view, roster.version + 1, roster.round + 1, roster.generation))
     if roster.phase is Phase.GATHERING:
         return _gather(view, roster)

@@ -170,6 +170,8 @@ TRAIT_NAMES = {
     "python": "python",
     "script": "script (digest)",
     "run": "run folder (id)",
+    "job": "SLURM job",
+    "start": "start of the job",
 }
 """How each trait is called when a node is refused over it."""
 
@@ -181,6 +183,14 @@ def refusal(newcomer: Mapping[str, str], job: Mapping[str, str]) -> str | None:
         if offered != expected:
             return f"it has {TRAIT_NAMES.get(trait, trait)} {offered}, the job has {expected}"
     return None
+
+
+def is_earlier_start(roster: Roster, traits: Mapping[str, str]) -> bool:
+    """Whether the roster is that of an earlier start of the same job: its nodes are to end, wherever they still run."""
+    theirs = roster.leading.traits if roster.leading is not None else {}
+    if "job" not in traits or theirs.get("job") != traits["job"]:
+        return False
+    return int(theirs.get("start", 0)) < int(traits["start"])
 
 
 PUT_OFF_FIRST_S = 5.0

@@ -60,8 +60,17 @@ class RunDir:
         """The folder of logs: ``<generation>-<attempt>/rank<R>.{out,err}``."""
         return self.root / "logs"
 
-    def create(self, *, command: list[str]) -> Identity:
+    @property
+    def jobs(self) -> Path:
+        """The folder of marks that a scheduler's jobs leave: who did what of the things that are done once."""
+        return self.root / "jobs"
+
+    def create(self, *, command: list[str], run_id: str = "") -> Identity:
         """Make the folder, or take the one that is there; returns who the run is.
+
+        Args:
+            command: what starts it.
+            run_id: the id that a new run gets; empty for one of its own.
 
         Raises UsageError where it is the wrong folder (not ours to read or write, or no folder), StorageError where
         the disk refuses.
@@ -69,7 +78,7 @@ class RunDir:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if not self.identity.exists():
-                _publish(self.identity, Identity(command=command))
+                _publish(self.identity, Identity(command=command, run_id=run_id or _new_run_id()))
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable", str(self.root))
             return Identity.parse(self.identity.read_text())

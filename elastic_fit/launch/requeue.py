@@ -1,0 +1,152 @@
+"""One start of a SLURM job, from its launchers' side: what it tells of the one before, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_fit.launch.slurm import Controller, Job, SlurmUnavailable
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.exits import Exit
+from elastic_fit.supervisor.ledger import Event, Ledger, read
+from elastic_fit.supervisor.requeue import (
+    Interruption,
+    Leave,
+    Requeue,
+    Scheduler,
+    cause_of,
+    count_causes,
+    decide_requeue,
+    history_of,
+    why_started_again,
+)
+from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store import CheckpointStore
+
+PATIENCE_S = 600.0
+"""How long a controller that is away is waited for before the job is left to whoever watches its exit status."""
+QUICK_S = 2.0
+"""How long a controller may take to answer while workers wait to be told to stop."""
+ENDING_S = 3.0
+"""What a stop leaves of the job's time for the end of its processes and for the requeue."""
+INTERRUPTED = (Exit.SAVED, Exit.TERMINATED, Exit.INTERRUPTED)
+
+
+@dataclass(slots=True)
+class JobStart:
+    """This start of the job. Every node's launcher has one; what is to be done once is done by whoever marks it first.
+
+    Args:
+        job: whose start.
+        folder: the run's folder.
+        ledger: without a generation: the job is older than its rounds.
+        controller: SLURM's.
+        tell: told, in a line, what becomes of the job.
+    """
+
+    job: Job
+    folder: RunDir
+    ledger: Ledger
+    controller: Controller
+    tell: Callable[[str], None]
+
+    def begin(self) -> None:
+        """Write down why the job was started again. Raises StorageError where the folder can't be written."""
+        if not self._mark("begun"):
+            return
+        events = read(self.folder.events)
+        cause = why_started_again(events, self.job.job_id, self.job.start)
+        fields = {"job": self.job.job_id, "start": self.job.start, "step": durable_steps(self.folder)}
+        self.ledger.write("incarnation", **fields, cause=cause.value if cause else None)
+        if cause is not None:
+            counts = count_causes(read(self.folder.events), self.job.job_id)
+            told = ", ".join(f"{count} {name.value}" for name, count in counts.items() if count)
+            self.tell(f"job      {self.job.job_id}, started again after a {cause.value} ({told} so far)")
+
+    def seconds_left(self) -> float | None:
+        """What SLURM leaves for a stop; None where it doesn't say."""
+        try:
+            scheduler = self.controller.ask(answer_s=QUICK_S)
+        except SlurmUnavailable:
+            return None  # then the grace that was asked for has to do
+        if scheduler.end_s is None or not scheduler.is_running:
+            return None  # what is being ended already has SLURM's KillWait left, which is not the job's to know
+        return max(0.0, scheduler.end_s - time.time() - ENDING_S)
+
+    def end(self, status: Exit) -> None:
+        """The job's training has ended on this node: put the job back if that is what is to be done.
+
+        One of the nodes does it, once. Raises StorageError where the run folder can't be written.
+        """
+        if status not in INTERRUPTED or not self._mark("ended"):
+            return
+        scheduler, unavailable = self._ask()
+        events = read(self.folder.events)
+        source, reason = self._stop(events)
+        cause = cause_of(source, reason, scheduler, lost_a_node=_misses_a_node(events))
+        step = durable_steps(self.folder)
+        decision = decide_requeue(cause, scheduler, history_of(events, self.job.job_id), step)
+        if isinstance(decision, Leave) and unavailable is not None and cause is not Interruption.OPERATOR:
+            decision = Leave(why=unavailable.message, hint=unavailable.hint or decision.hint)
+        if isinstance(decision, Requeue):
+            # Written first: SLURM ends this process as soon as it has put the job back.
+            self._note(cause, step, decision)
+            try:
+                self.controller.requeue(PATIENCE_S)
+            except SlurmUnavailable as error:
+                decision = Leave(why=error.message, hint=error.hint)
+        if isinstance(decision, Leave):
+            self._note(cause, step, decision)
+
+    def _ask(self) -> tuple[Scheduler | None, SlurmUnavailable | None]:
+        try:
+            return self.controller.ask_patiently(PATIENCE_S), None
+        except SlurmUnavailable as error:
+            return None, error
+
+    def _stop(self, events: list[Event]) -> tuple[str, str]:
+        """Who asked for the first stop of this start, and why; on a node that was asked itself, where there is one."""
+        job = self.job.job_id
+        begun = [at for at, one in enumerate(events) if one.event == "incarnation" and one.get("job") == job]
+        requests = [one for one in events[begun[-1] if begun else 0 :] if one.event == "stop_requested"]
+        first = min(requests, key=lambda one: one.get("source") == "node", default=None)
+        return (str(first.get("source")), str(first.get("reason"))) if first is not None else ("nobody", "")
+
+    def _note(self, cause: Interruption, step: int, decision: Requeue | Leave) -> None:
+        action = "requeue" if isinstance(decision, Requeue) else "leave"
+        fields = {"job": self.job.job_id, "start": self.job.start, "step": step}
+        self.ledger.write("requeue", **fields, cause=cause.value, action=action, why=decision.why)
+        word = "goes back into the queue" if action == "requeue" else "is not put back into the queue"
+        self.tell(f"job      {self.job.job_id} {word}: {decision.why}")
+        if isinstance(decision, Leave) and decision.hint:
+            self.tell(f"hint     {decision.hint}")
+
+    def _mark(self, what: str) -> bool:
+        """Leave a mark that nobody has left yet for this start; says whether it was this call that did."""
+        path = self.folder.jobs / f"{self.job.tag}.{self.job.start}.{what}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                return True
+        except OSError as error:
+            raise StorageError(f"can't leave a mark in {path.parent}: {error.strerror}") from error
+        return False
+
+
+def durable_steps(folder: RunDir) -> int:
+    """Optimizer steps that the run's checkpoints hold, over all fits of the script."""
+    fits: list[Path] = sorted(folder.checkpoints.glob("fit-*"))
+    stores = [CheckpointStore(path).committed() for path in fits]
+    return sum(max((one.manifest.step for one in found), default=0) for found in stores)
+
+
+def _misses_a_node(events: list[Event]) -> bool:
+    """Whether the job has lost a node and has not formed a round since."""
+    changes = [event.get("change") for event in events if event.event == "membership"]
+    rounds = [at for at, change in enumerate(changes) if change == "round"]
+    return "lost" in changes[rounds[-1] if rounds else 0 :]

@@ -1,0 +1,138 @@
+"""One cluster for all stories, and what a story needs of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_fit.supervisor.ledger import Event, read
+from tests.slurm.cluster import Slurm
+
+COMMAND = str(Path(sys.executable).with_name("elastic-fit"))
+FIT = str(Path(__file__).parents[1] / "nodes" / "fit.py")
+STEP_S = 0.05
+
+
+class Story:
+    """One job and its folder.
+
+    Args:
+        slurm: the cluster.
+        folder: where the job's log, its run folder and its script's notes are.
+    """
+
+    def __init__(self, slurm: Slurm, folder: Path) -> None:
+        self.slurm = slurm
+        self.folder = folder
+        self.job = ""
+        folder.mkdir(exist_ok=True)
+
+    def submit(self, *flags: str, steps: int, step_s: float = STEP_S) -> None:
+        """``elastic-fit slurm --submit``, as a user types it."""
+        said = self.slurm.command(
+            COMMAND,
+            "slurm",
+            FIT,
+            "--partition=low",
+            "--submit",
+            *flags,
+            str(self.folder),
+            str(steps),
+            str(step_s),
+            cwd=self.folder,
+            env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": ""},
+        )
+        self.job = said.strip()
+
+    def submit_script(self, text: str, *options: str) -> None:
+        """``sbatch`` of a user's own script."""
+        path = self.folder / "job.sh"
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        said = self.slurm.command("sbatch", "--parsable", "--partition=low", *options, str(path), cwd=self.folder)
+        self.job = said.strip()
+
+    # what is seen
+
+    @property
+    def state(self) -> str:
+        return self.slurm.job(self.job)["JobState"]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.slurm.job(self.job)["Restarts"])
+
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes that the job has now; the first is the one that its batch script runs on."""
+        text = self.slurm.job(self.job)["NodeList"]
+        return [] if text == "(null)" else self.slurm.command("scontrol", "show", "hostnames", text).split()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / f"fit-{self.job}"
+
+    def events(self, name: str) -> list[Event]:
+        return [event for event in read(self.run_dir / "events.jsonl") if event.event == name]
+
+    def causes(self) -> list[str | None]:
+        """Why the job was started, each time."""
+        return [event["cause"] for event in self.events("incarnation")]
+
+    def requeues(self) -> list[tuple[str, str]]:
+        """What was decided about putting the job back, each time, and the cause."""
+        return [(event["action"], event["cause"]) for event in self.events("requeue")]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """All steps that any rank has noted, in the order noted."""
+        path = self.folder / "steps.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def trains(self, *, world: int, starts: int | None = None) -> bool:
+        """Whether a world of that size has done some steps, in the given start of the job (from 1)."""
+        if starts is not None and len(self.events("incarnation")) < starts:
+            return False
+        since = self.events("incarnation")[-1].t if self.events("incarnation") else 0.0
+        return sum(step["world"] == world and step["t"] > since for step in self.steps()) > 10 * world
+
+    def text(self) -> str:
+        """What the job and its launchers have said."""
+        logs = "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log")))
+        return f"job {self.job}: {self.slurm.job(self.job)['JobState']}\n{logs[-12_000:]}"
+
+    # what is waited for, and checked
+
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = 90.0) -> float:
+        return self.slurm.wait_until(condition, timeout_s, self.text)
+
+    def finish(self, timeout_s: float = 150.0) -> None:
+        """Wait for the job's end, which must be a good one, and see that nothing of it is left."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        self.wait_until(lambda: self.state in ends, timeout_s)
+        assert self.state == "COMPLETED", self.text()
+
+    def assert_each_step_once(self, steps: int) -> None:
+        done = Counter(step["step"] for step in self.steps() if step["rank"] == 0)
+        assert sorted(done) == list(range(1, steps + 1)), self.text()
+        assert [step for step, times in done.items() if times > 1] == [], "steps were done twice"
+        assert all(step["count"] == step["step"] for step in self.steps()), "the parameter counts the steps"
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    with Slurm(Path(f"/tmp/efs-{os.getpid()}")) as slurm:
+        yield slurm
+
+
+@pytest.fixture
+def story(slurm: Slurm, tmp_path: Path) -> Iterator[Story]:
+    story = Story(slurm, tmp_path / "job")
+    yield story
+    if story.job:
+        slurm.command("scancel", "--quiet", story.job)

@@ -1,0 +1,410 @@
+"""What a launcher makes of SLURM's variables and words, and when it puts a job back: no SLURM is needed for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.launch.commands.slurm import plan, script
+from elastic_fit.launch.parser import parse
+from elastic_fit.launch.requeue import JobStart
+from elastic_fit.launch.slurm import Controller, ControllerAway, Done, Job, SlurmUnavailable, expand, parse_job
+from elastic_fit.supervisor.errors import UsageError
+from elastic_fit.supervisor.exits import Exit
+from elastic_fit.supervisor.ledger import Ledger, read
+from elastic_fit.supervisor.membership import Propose, decide
+from elastic_fit.supervisor.requeue import (
+    Ended,
+    Interruption,
+    Leave,
+    Requeue,
+    Scheduler,
+    cause_of,
+    decide_requeue,
+)
+from elastic_fit.supervisor.roster import Phase, Profile, Roster, refusal
+from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.view import Bounds, View
+from tests.launching import Elastic
+
+RUNNING = Scheduler(is_running=True)
+STEP = {
+    "SLURM_JOB_ID": "123",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "n2",
+}
+SAYS = (
+    "JobId=123 JobName=a b UserId=root(0) JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1 "
+    "StartTime=1795619442 EndTime=1795620000 PreemptTime=None NodeList=n[1-2]"
+)
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n1", ("n1",)),
+        ("n[1-3,7]", ("n1", "n2", "n3", "n7")),
+        ("gpu[08-11]", ("gpu08", "gpu09", "gpu10", "gpu11")),
+        ("a1,b[2-3],c-4", ("a1", "b2", "b3", "c-4")),
+        ("r[1-2]n[1-2].x", ("r1n1.x", "r1n2.x", "r2n1.x", "r2n2.x")),
+    ],
+)
+def test_list_of_nodes_is_expanded_as_scontrol_does(text: str, names: tuple[str, ...]) -> None:
+    assert expand(text) == names
+
+
+def test_list_that_is_none_is_named() -> None:
+    with pytest.raises(UsageError, match=r"n\[1-x\]"):
+        expand("n[1-x]")
+
+
+def test_nothing_is_found_outside_of_a_job() -> None:
+    assert Job.from_environment({"HOME": "/root"}) is None
+
+
+def test_step_of_two_nodes_started_again() -> None:
+    job = Job.from_environment({**STEP, "SLURM_RESTART_COUNT": "2"})
+    assert job is not None
+    assert (job.nodes, job.node, job.index, job.start) == (("n1", "n2"), "n2", 1, 2)
+    assert job.traits == {"job": "123", "start": "2"}
+
+
+def test_task_of_an_array_is_named_so_that_only_it_is_put_back() -> None:
+    job = Job.from_environment({**STEP, "SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3"})
+    assert job is not None
+    assert (job.job_id, job.tag) == ("120_3", "120-3")
+
+
+def test_batch_script_without_srun_is_one_node_of_its_own() -> None:
+    job = Job.from_environment({"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_NODEID": "0"})
+    assert job is not None
+    assert job.nodes == ()
+
+
+def test_launcher_for_every_worker_is_refused_with_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**STEP, "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="8 launchers on a node") as caught:
+        parse([__file__])
+    assert "--ntasks-per-node=1" in caught.value.hint
+
+
+def test_job_gives_the_defaults_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**STEP, "SLURM_GPUS_ON_NODE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    found = parse([__file__])
+    assert (found.torchrun.nnodes, found.torchrun.nproc_per_node, found.torchrun.node_rank) == ("2", "8", 1)
+    assert found.run_dir == Path("runs/test_decisions-123")
+    chosen = parse(["--nnodes", "1:2", "--nproc-per-node", "3", "--run-dir", "mine", __file__])
+    assert (chosen.torchrun.nnodes, chosen.torchrun.nproc_per_node, chosen.run_dir) == ("1:2", "3", Path("mine"))
+    monkeypatch.setenv("PET_NNODES", "1:4")
+    assert parse([__file__]).torchrun.nnodes == "1:4"
+
+
+# The batch script
+
+
+def test_batch_script_of_an_elastic_job() -> None:
+    own, batch = plan([__file__, "--nodes", "1-4", "--time", "4:00:00", "--sbatch=--mem=8G", "--submit", "--lr", "0.1"])
+    text = script(batch)
+    assert own.submit
+    options = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert options >= {"--nodes=1-4", "--time=4:00:00", "--requeue", "--open-mode=append", "--signal=B:USR1@120"}
+    assert options >= {"--ntasks-per-node=1", "--no-kill", "--mem=8G", "--output=test_decisions-%j.log"}
+    assert "PET_NNODES=1:4 ELASTIC_FIT_GRACE=120" in text
+    assert text.rstrip().endswith(f"{__file__} --lr 0.1")
+
+
+def test_job_of_a_fixed_size_is_replaced_by_slurm_rather_than_shrunk() -> None:
+    assert "--no-kill" not in script(plan([__file__, "--nodes", "2"])[1])
+
+
+def test_what_follows_two_dashes_is_the_scripts_own() -> None:
+    _, batch = plan([__file__, "--nodes", "2", "--", "--nodes", "9"])
+    assert batch.command[-3:] == ("--", "--nodes", "9")
+    assert batch.environment["PET_NNODES"] == "2:2"
+
+
+def test_login_node_without_gpus_writes_a_script_for_nodes_that_have_them() -> None:
+    _, batch = plan(["--nproc-per-node", "gpu", "-m", "my.train", "--nodes", "2"])
+    assert batch.command[-4:] == ("--nproc-per-node", "gpu", "-m", "my.train")
+    assert "--job-name=train" in batch.options
+
+
+@pytest.mark.parametrize("argv", [[], ["--lr"], ["nowhere.py"], ["--nodes", "2"]])
+def test_batch_script_for_nothing_is_refused(argv: list[str]) -> None:
+    with pytest.raises(UsageError):
+        plan(argv)
+
+
+@pytest.mark.parametrize("nodes", ["0", "4-1", "x", "1-"])
+def test_impossible_number_of_nodes_is_refused(nodes: str) -> None:
+    with pytest.raises(UsageError, match="--nodes"):
+        plan([__file__, "--nodes", nodes])
+
+
+# What scontrol says
+
+
+def test_running_job_and_when_it_ends() -> None:
+    assert parse_job(SAYS) == Scheduler(is_running=True, end_s=1795620000.0)
+
+
+@pytest.mark.parametrize(
+    ("says", "seen"),
+    [
+        (SAYS.replace("PreemptTime=None", "PreemptTime=1795619990"), {"is_preempted"}),
+        (SAYS.replace("RUNNING Reason=None", "COMPLETING Reason=TimeLimit"), {"is_over_time"}),
+        (SAYS.replace("RUNNING", "COMPLETING"), set()),
+    ],
+)
+def test_job_that_is_being_ended_says_why(says: str, seen: set[str]) -> None:
+    found = parse_job(says)
+    assert {name for name in ("is_preempted", "is_over_time") if getattr(found, name)} == seen
+
+
+# Whether a job is put back
+
+
+@pytest.mark.parametrize(
+    ("source", "reason", "scheduler", "cause"),
+    [
+        ("signal", "SIGUSR1", RUNNING, Interruption.TIMEOUT),
+        ("worker", "SIGUSR2", RUNNING, Interruption.TIMEOUT),
+        ("signal", "SIGTERM", Scheduler(is_running=True, is_preempted=True), Interruption.PREEMPTION),
+        ("signal", "SIGUSR1", Scheduler(is_running=True, is_preempted=True), Interruption.PREEMPTION),
+        ("signal", "SIGTERM", Scheduler(is_running=False, is_over_time=True), Interruption.TIMEOUT),
+        ("signal", "SIGTERM", Scheduler(is_running=False), Interruption.OPERATOR),
+        ("signal", "SIGTERM", RUNNING, Interruption.OPERATOR),
+        ("signal", "SIGINT", RUNNING, Interruption.OPERATOR),
+        ("signal", "SIGTERM", None, Interruption.PREEMPTION),
+        ("command", "elastic-fit stop", RUNNING, Interruption.OPERATOR),
+        ("notice", "spot", RUNNING, Interruption.PREEMPTION),
+    ],
+)
+def test_cause_of_a_stop(source: str, reason: str, scheduler: Scheduler | None, cause: Interruption) -> None:
+    assert cause_of(source, reason, scheduler) is cause
+
+
+def test_job_that_slurm_ends_while_it_misses_a_node_has_crashed() -> None:
+    ended = Scheduler(is_running=False)
+    assert cause_of("signal", "SIGTERM", ended, lost_a_node=True) is Interruption.CRASH
+
+
+@pytest.mark.parametrize(
+    ("cause", "scheduler", "why"),
+    [
+        (Interruption.OPERATOR, RUNNING, "asked for"),
+        (Interruption.TIMEOUT, None, "can't be asked"),
+        (Interruption.TIMEOUT, Scheduler(is_running=True, is_batch=False), "interactive"),
+        (Interruption.TIMEOUT, Scheduler(is_running=True, may_requeue=False), "--requeue"),
+        (Interruption.PREEMPTION, Scheduler(is_running=False, is_preempted=True), "itself"),
+    ],
+)
+def test_job_that_is_not_ours_to_put_back(cause: Interruption, scheduler: Scheduler | None, why: str) -> None:
+    decision = decide_requeue(cause, scheduler, (), 100)
+    assert isinstance(decision, Leave)
+    assert why in decision.why
+
+
+def ends(*steps: int) -> list[Ended]:
+    return [Ended(start=start, cause=Interruption.PREEMPTION, step=step) for start, step in enumerate(steps)]
+
+
+def test_job_that_makes_no_progress_over_three_requeues_stays_down() -> None:
+    stuck = decide_requeue(Interruption.TIMEOUT, RUNNING, ends(50, 100, 100, 100), 100)
+    assert isinstance(stuck, Leave)
+    assert "3 starts" in stuck.why
+    assert isinstance(decide_requeue(Interruption.TIMEOUT, RUNNING, ends(100, 100), 100), Requeue)
+    assert isinstance(decide_requeue(Interruption.TIMEOUT, RUNNING, ends(100, 100, 100), 101), Requeue)
+    assert isinstance(decide_requeue(Interruption.TIMEOUT, RUNNING, ends(0, 0, 0), 0), Leave)
+
+
+# One start of the job, with its marks and its ledger
+
+
+class Scontrol:
+    """Says what it is given to say, and notes what it was asked."""
+
+    def __init__(self, *answers: Done, says: str = SAYS) -> None:
+        self.answers = list(answers)
+        self.says = says
+        self.asked: list[str] = []
+
+    def __call__(self, command: Sequence[str], timeout_s: float) -> Done:
+        self.asked.append(" ".join(command[1:]))
+        if self.answers:
+            return self.answers.pop(0)
+        return Done(0, self.says if command[1] == "show" else "", "")
+
+    @property
+    def requeues(self) -> int:
+        return sum(asked.startswith("requeue") for asked in self.asked)
+
+
+def started(folder: Path, scontrol: Scontrol, *, start: int = 0, told: list[str] | None = None) -> JobStart:
+    run = RunDir(folder)
+    run.create(command=[])
+    job = Job(job_id="123", start=start)
+    controller = Controller(job, run=scontrol, clock=iter(range(10_000)).__next__, pause=lambda _: None)
+    tell = (told if told is not None else []).append
+    return JobStart(job=job, folder=run, ledger=Ledger(run.events), controller=controller, tell=tell)
+
+
+def stop(start: JobStart, reason: str = "SIGUSR1") -> None:
+    start.ledger.write("stop_requested", source="signal", reason=reason)
+
+
+def test_one_of_two_nodes_puts_the_job_back(tmp_path: Path) -> None:
+    scontrol = Scontrol()
+    nodes = [started(tmp_path, scontrol), started(tmp_path, scontrol)]
+    for node in nodes:
+        node.begin()
+    for node in nodes:
+        stop(node)
+    for node in nodes:
+        node.end(Exit.SAVED)
+    assert scontrol.requeues == 1
+    assert [event.event for event in read(tmp_path / "events.jsonl")].count("incarnation") == 1
+
+
+@pytest.mark.parametrize("status", [Exit.FINISHED, Exit.FAILED, Exit.STORAGE])
+def test_job_that_finished_or_failed_is_not_put_back(tmp_path: Path, status: Exit) -> None:
+    scontrol = Scontrol()
+    start = started(tmp_path, scontrol)
+    start.begin()
+    stop(start)
+    start.end(status)
+    assert scontrol.asked == []
+
+
+def test_controller_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    away = Done(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    scontrol = Scontrol(away, away, Done(0, SAYS, ""), away)
+    start = started(tmp_path, scontrol)
+    start.begin()
+    stop(start)
+    start.end(Exit.SAVED)
+    assert scontrol.requeues == 2, "the first one found nobody"
+    (event,) = [event for event in read(tmp_path / "events.jsonl") if event.event == "requeue"]
+    assert event["action"] == "requeue"
+
+
+def test_site_that_forbids_the_requeue_leaves_a_hint_and_a_line_in_the_ledger(tmp_path: Path) -> None:
+    told: list[str] = []
+    scontrol = Scontrol(Done(0, SAYS, ""), Done(1, "", "Requested operation is presently disabled for job 123"))
+    start = started(tmp_path, scontrol, told=told)
+    start.begin()
+    stop(start)
+    start.end(Exit.SAVED)
+    last = [event for event in read(tmp_path / "events.jsonl") if event.event == "requeue"][-1]
+    assert last["action"] == "leave"
+    assert "presently disabled" in told[-1]
+
+
+def test_causes_are_counted_separately_and_what_nobody_wrote_down_was_a_crash(tmp_path: Path) -> None:
+    told: list[str] = []
+    preempted = SAYS.replace("PreemptTime=None", "PreemptTime=1795619990")
+    for number, (says, reason) in enumerate([(SAYS, "SIGUSR1"), (preempted, "SIGTERM"), (SAYS, "SIGUSR1")]):
+        start = started(tmp_path, Scontrol(says=says), start=number, told=told)
+        start.begin()
+        stop(start, reason)
+        if number != 2:
+            start.end(Exit.SAVED)
+    started(tmp_path, Scontrol(), start=3, told=told).begin()
+    causes = [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "incarnation"]
+    assert causes == [None, "timeout", "preemption", "crash"]
+    assert "1 timeout, 1 preemption, 1 crash so far" in told[-1]
+
+
+def test_stop_of_an_earlier_start_explains_nothing_of_this_one(tmp_path: Path) -> None:
+    first = started(tmp_path, Scontrol())
+    first.begin()
+    stop(first, "SIGINT")
+    second = started(tmp_path, Scontrol(), start=1)
+    second.begin()
+    stop(second, "SIGUSR1")
+    second.end(Exit.SAVED)
+    assert [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "requeue"] == ["timeout"]
+
+
+def test_what_slurm_leaves_is_asked_for_and_a_silent_controller_is_not_waited_for(tmp_path: Path) -> None:
+    away = Done(1, "", "Unable to contact slurm controller")
+    assert started(tmp_path, Scontrol(away)).seconds_left() is None
+    assert started(tmp_path, Scontrol(says=SAYS.replace("1795620000", "1"))).seconds_left() == 0.0
+    assert (
+        started(tmp_path, Scontrol(says=SAYS.replace("EndTime=1795620000", "EndTime=Unknown"))).seconds_left() is None
+    )
+    assert started(tmp_path, Scontrol(says=SAYS.replace("RUNNING", "COMPLETING"))).seconds_left() is None
+
+
+def test_scontrol_that_is_missing_is_told_from_one_that_nobody_answers() -> None:
+    def missing(command: Sequence[str], timeout_s: float) -> Done:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    controller = Controller(Job(job_id="1"), run=missing)
+    with pytest.raises(SlurmUnavailable, match="container") as caught:
+        controller.ask()
+    assert not isinstance(caught.value, ControllerAway)
+
+
+# A later start of the job takes the place of an earlier one
+
+
+def profile(node: str, start: int, job: str = "123") -> Profile:
+    traits = {"job": job, "start": str(start)}
+    return Profile(node=node, name=node, address="10.0.0.1", port=1, workers=1, traits=traits)
+
+
+def running(leader: Profile) -> Roster:
+    return Roster(
+        version=7, phase=Phase.RUNNING, round=3, generation=5, leader=leader.node, leading=leader, members=(leader,)
+    )
+
+
+def test_later_start_takes_the_run_over_at_once_and_turns_the_old_nodes_away() -> None:
+    old, new = profile("old", 0), profile("new", 1)
+    view = View(me=new, bounds=Bounds(least=1, most=1), roster=running(old), born_version=7)
+    move = decide(view)
+    assert isinstance(move, Propose)
+    assert move.roster.phase is Phase.GATHERING
+    assert (move.roster.members, move.roster.generation) == ((), 5)
+    assert refusal(old.traits, new.traits) == "it has start of the job 0, the job has 1"
+
+
+@pytest.mark.parametrize("me", [profile("new", 0), profile("new", 1, job="124")])
+def test_same_start_and_another_job_take_nothing_over(me: Profile) -> None:
+    view = View(me=me, bounds=Bounds(least=1, most=2), roster=running(profile("old", 0)), born_version=7)
+    assert not isinstance(decide(view), Propose)
+
+
+# Lightning's own handlers
+
+
+def test_lightnings_own_slurm_support_is_out_of_the_way_even_where_the_script_asks_for_it(
+    elastic: Elastic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(name, value)
+    outcome = elastic(
+        """
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        class Look(pl.Callback):
+            def on_train_start(self, trainer, module):
+                note("environment", type(trainer._accelerator_connector.cluster_environment).__name__)
+
+        if __name__ == "__main__":
+            plugins = [SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)]
+            trainer(Look(), max_epochs=1, plugins=plugins).fit(Model())
+        """
+    )
+    assert outcome.code == 0, outcome.said
+    assert set(outcome.notes("environment")) == {"TorchElasticEnvironment"}
