@@ -6,11 +6,13 @@ Holds for Lightning 2.6 and torch 2.10 to 2.13; ``tests/test_contract_lightning.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -103,24 +105,32 @@ def accept_any_world() -> None:
 
 
 @contextlib.contextmanager
-def shards_written_to(open_shard: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Send the files that torch.distributed.checkpoint writes to `open_shard` (given their path) meanwhile."""
-    before = FileSystem.create_stream
+def shards_written_to(folder: str, open_shard: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Send the files that a strategy writes below `folder` to `open_shard` (given their path) meanwhile.
+
+    Those are torch.distributed.checkpoint's, and what Lightning puts beside them with ``torch.save``.
+    """
+    before, save = FileSystem.create_stream, torch.save
 
     @contextlib.contextmanager
     def create_stream(self: FileSystem, path: Any, mode: str) -> Iterator[Any]:
-        if mode != "wb":
-            with before(self, path, mode) as stream:
-                yield stream
-            return
-        with open_shard(str(path)) as stream:
+        with open_shard(str(path)) if mode == "wb" else before(self, path, mode) as stream:
             yield stream
 
+    def save_streamed(obj: object, f: Any, *args: Any, **options: Any) -> None:
+        if isinstance(f, (str, os.PathLike)) and os.fspath(f).startswith(folder + os.sep):
+            with open_shard(os.fspath(f)) as stream:
+                save(obj, stream, *args, **options)
+        else:
+            save(obj, f, *args, **options)
+
     FileSystem.create_stream = create_stream  # type: ignore[method-assign]
+    torch.save = save_streamed
     try:
         yield
     finally:
         FileSystem.create_stream = before  # type: ignore[method-assign]
+        torch.save = save
 
 
 def job_store() -> Store | None:

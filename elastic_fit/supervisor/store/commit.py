@@ -21,10 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-import xxhash
-
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, check_relative
+from elastic_fit.supervisor.store.stream import CHUNK_BYTES, DigestingStream
 
 if TYPE_CHECKING:
     from elastic_fit.supervisor.store.folder import Checkpoint
@@ -63,6 +62,13 @@ class Disk:
         """Write some of `data`; returns how many bytes."""
         return os.write(descriptor, data)
 
+    def begin_writeback(self, descriptor: int, start: int, length: int) -> None:
+        """Have the kernel begin to write that part to the device, so that less is left for `sync`."""
+        # On Linux this starts the writing; only pages that are clean already, and these aren't, are dropped.
+        # An error of the device is told by the sync; a file system that takes no advice has nothing to tell.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
     def sync(self, descriptor: int) -> None:
         """Force the file, or the folder, to the device."""
         os.fsync(descriptor)
@@ -88,75 +94,36 @@ class Disk:
             os.close(descriptor)
 
 
-class DigestingFile:
-    """A new file, written front to back, whose digest is ready when the last byte is.
-
-    It has what `torch.save` and torch.distributed.checkpoint ask of a file: write, flush, tell, fileno, close. Closing
-    syncs it. OSError comes through as it is.
-    """
+class DigestingFile(DigestingStream):
+    """A new file, written front to back, whose digest is ready when the last byte is. Closing syncs it."""
 
     def __init__(self, path: Path, relative: str, disk: Disk) -> None:
+        super().__init__(relative)
         self.path = path
-        self._relative = relative
         self._disk = disk
-        self._hash = xxhash.xxh3_128()
-        self._size = 0
+        self._stored = 0
+        self._begun = 0
         self._descriptor = disk.create(path)
-        self._closed = False
-        self.failure: OSError | None = None
-        """What the disk said when it refused a write: `torch.save` makes something else of it."""
 
-    def write(self, data: object) -> int:
-        """Append bytes; returns how many."""
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        self._hash.update(view)
+    def _put(self, view: memoryview) -> None:
         written = 0
+        while written < len(view):
+            written += self._disk.write(self._descriptor, view[written:])
+        self._stored += written
+        if self._stored - self._begun >= CHUNK_BYTES:
+            self._disk.begin_writeback(self._descriptor, self._begun, self._stored - self._begun)
+            self._begun = self._stored
+
+    def _finish(self, *, whole: bool) -> None:
         try:
-            while written < len(view):
-                written += self._disk.write(self._descriptor, view[written:])
-        except OSError as error:
-            self.failure = error
-            raise
-        self._size += written
-        return written
-
-    def flush(self) -> None:
-        """Nothing is buffered here."""
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._size
+            if whole:
+                self._disk.sync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
     def fileno(self) -> int:
         """The open descriptor."""
         return self._descriptor
-
-    @property
-    def closed(self) -> bool:
-        """Whether it is closed."""
-        return self._closed
-
-    def close(self) -> None:
-        """Sync and close. After a failure the file is of no use any more."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._disk.sync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-
-    def __enter__(self) -> DigestingFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def entry(self) -> FileEntry:
-        """Name, size and digest."""
-        return FileEntry(path=self._relative, size=self._size, digest=self._hash.hexdigest())
 
 
 class Staged:
@@ -300,7 +267,7 @@ class Staged:
             return
         for file in self._files:
             with contextlib.suppress(OSError):
-                file.close()
+                file.abandon()
         with contextlib.suppress(OSError):
             remove_tree(self.path, self._disk)
 

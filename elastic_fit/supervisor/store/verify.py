@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,9 +116,16 @@ def _digest(data: Path, entry: FileEntry) -> str | None:
 
 
 def _read(descriptor: int) -> str:
+    """The digest of all that is to read. A thread hashes one buffer while another is being filled."""
     digest = xxhash.xxh3_128()
-    buffer = bytearray(CHUNK_BYTES)
-    view = memoryview(buffer)
-    while count := os.readv(descriptor, [buffer]):
-        digest.update(view[:count])
+    filling, hashing = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hasher:
+        while count := os.readv(descriptor, [filling]):
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, memoryview(filling)[:count])
+            filling, hashing = hashing, filling
+        if hashed is not None:
+            hashed.result()
     return digest.hexdigest()
