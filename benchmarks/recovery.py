@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
 
 from arms import Arm, Job, elastic, quartiles, torchrun
@@ -88,29 +89,23 @@ def read_results(path: Path) -> list[Kill]:
 
 
 def report(kills: list[Kill]) -> None:
-    """The tables."""
-    print("\narm                           recovered   median s  (quartiles)      elastic-fit / arm, paired")
+    """The tables, as they stand in docs/figures.md."""
+    print("\n| | recovered | median s (quartiles) | elastic-fit's time is, paired by round |\n|---|---|---|---|")
     for arm in ARMS:
         its = {kill.round: kill.seconds for kill in kills if kill.arm == arm.name}
         known = [seconds for seconds in its.values() if seconds is not None]
-        line = f"{arm.name:28s} {len(known):3d} of {len(its):3d}"
-        if known:
-            middle, low, high = quartiles(known)
-            line += f"   {middle:8.2f}  ({low:.2f} - {high:.2f})"
+        cells = [arm.name, f"{len(known)} of {len(its)}", "{:.2f} ({:.2f} - {:.2f})".format(*quartiles(known or [nan]))]
         pairs = [(kill.seconds, its.get(kill.round)) for kill in kills if kill.arm == ARMS[0].name]
-        ratios = [mine / theirs for mine, theirs in pairs if mine and theirs]
-        if ratios and arm is not ARMS[0]:
-            middle, low, high = quartiles(ratios)
-            line += f"    1/{1 / middle:.1f}  (1/{1 / high:.1f} - 1/{1 / low:.1f}), {len(ratios)} pairs"
-        print(line)
-    for arm in ARMS:
-        parts = [kill.parts for kill in kills if kill.arm == arm.name and kill.parts]
-        if parts:
-            print(f"\n{arm.name}, median seconds by part, from the ledger of {len(parts)} runs")
-            for name in PARTS:
-                numbers = [split[name] for split in parts if name in split]
-                if numbers:
-                    print(f"  {name.replace('_', ' '):14s} {quartiles(numbers)[0]:.3f}")
+        ratios = [theirs / mine for mine, theirs in pairs if mine and theirs]
+        ratio = "1/{:.1f} (1/{:.1f} - 1/{:.1f}), {} pairs".format(*quartiles(ratios or [nan]), len(ratios))
+        cells.append(ratio if arm is not ARMS[0] else "")
+        print(f"| {' | '.join(cells)} |")
+    split = {arm.name: [kill.parts for kill in kills if kill.arm == arm.name and kill.parts] for arm in ARMS}
+    split = {name: parts for name, parts in split.items() if parts}
+    print(f"\n| median s, from the ledger | {' | '.join(split)} |\n|---|{'---|' * len(split)}")
+    for part in PARTS:
+        medians = [quartiles([one[part] for one in parts if part in one] or [nan])[0] for parts in split.values()]
+        print(f"| {part.replace('_', ' ')} | {' | '.join(f'{median:.3f}' for median in medians)} |")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def main() -> int:
         _preload([*WARM_MODULES, *(name for name in STORAGE_MODULES if importlib.util.find_spec(name))])
     job = Server(channel).serve()
     if job is None:
-        return 0
+        os._exit(0)  # it has nothing to write any more, and the command waits for it
     from elastic_fit.launch import worker
 
     return worker.main(job.kind, job.target, job.args)
