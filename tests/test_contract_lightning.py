@@ -6,10 +6,12 @@ Hold for Lightning 2.6 and torch 2.10 to 2.13. A failure here after an upgrade s
 from __future__ import annotations
 
 import inspect
+import signal
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -18,6 +20,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from elastic_fit.callbacks import _lightning
 from tests.checkpoint.models import Line, trainer
 
 
@@ -115,6 +118,39 @@ def test_lightnings_own_requeue_is_off_under_a_launcher_that_says_so(tmp_path, m
     assert isinstance(trainer(tmp_path)._accelerator_connector.cluster_environment, TorchElasticEnvironment)
     source = inspect.getsource(_SignalConnector.register_signal_handlers)
     assert "isinstance(environment, SLURMEnvironment) and environment.auto_requeue" in source
+
+
+def test_lightnings_signal_handling_can_be_taken_and_given_back(tmp_path) -> None:
+    training = trainer(tmp_path)
+    assert "self._signal_connector.register_signal_handlers()" in inspect.getsource(pl.Trainer._run)
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(type(training.fit_loop.epoch_loop).advance)
+    _lightning.take_signals(training)
+    training._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    _lightning.give_signals_back(training)
+    for owner, name in (
+        (training._signal_connector, "register_signal_handlers"),
+        (training.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+    ):
+        assert getattr(owner, name).__func__ is getattr(type(owner), name)
+
+
+def test_a_validation_that_was_interrupted_is_known_by_its_progress(tmp_path) -> None:
+    training = trainer(tmp_path, max_epochs=1)
+    training.fit(Line())
+    loops = training._checkpoint_connector.dump_checkpoint(False)["loops"]["fit_loop"]
+    assert set(loops["epoch_loop.val_loop.batch_progress"]) == {"total", "current", "is_last_batch"}
+    assert "processed == self.batch_progress.total.started - 1" in inspect.getsource(
+        type(training.fit_loop.epoch_loop.val_loop).update_restart_stage
+    )
+    assert training.lightning_module._current_fx_name is None
+
+
+def test_a_thread_can_have_a_connection_to_the_store_of_its_own() -> None:
+    served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = distributed_c10d.PrefixStore("job", served)
+    store.clone().set("key", "value")
+    assert store.get("key") == b"value"
 
 
 def test_process_groups_can_be_aborted() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from elastic_fit.callbacks import session
+from elastic_fit.callbacks import release, session
 from elastic_fit.supervisor.board import Board
 from elastic_fit.supervisor.context import WorkerContext
 
@@ -19,8 +19,11 @@ def install(context: WorkerContext, board: Board) -> None:
     """Put elastic-fit in place in this worker, before the user's script runs.
 
     Lightning is adapted as soon as it is imported, by whomever; a script that never imports it never pays for it.
+    From here on stop signals latch, and a thread hears what the agent asks while the main thread can't.
     """
-    session.begin(context, board)
+    worker = session.begin(context, board)
+    worker.latch.install()
+    release.watch(board, worker.latch)
     if _LIGHTNING in sys.modules:
         _adapt()
     else:
@@ -28,13 +31,9 @@ def install(context: WorkerContext, board: Board) -> None:
 
 
 def _adapt() -> None:
-    from elastic_fit.callbacks import release
     from elastic_fit.callbacks.adaptation import adapt_trainer
 
     adapt_trainer()
-    worker = session.current()
-    if worker is not None:
-        release.watch(worker.board)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -14,14 +14,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -38,12 +38,17 @@ def is_last_batch(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
-def is_followed_by_more(trainer: pl.Trainer) -> bool:
-    """Whether a validation, or the end of the epoch, follows the batch that just ended before another one begins."""
+def is_validation_next(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the batch that just ended."""
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher
     validates = trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
-    return bool(validates or is_last_batch(trainer))
+    return bool(validates)
+
+
+def is_followed_by_more(trainer: pl.Trainer) -> bool:
+    """Whether a validation, or the end of the epoch, follows the batch that just ended before another one begins."""
+    return is_validation_next(trainer) or is_last_batch(trainer)
 
 
 def is_at_epoch_end(trainer: pl.Trainer) -> bool:
@@ -136,6 +141,12 @@ def shards_written_to(folder: str, open_shard: Callable[[str], AbstractContextMa
 def job_store() -> Store | None:
     """The default process group's store; None where there is no process group."""
     return distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None
+
+
+def own_connection() -> Store | None:
+    """Another connection to the process group's store, for a thread of its own; None where there is no group."""
+    store = job_store()
+    return store.clone() if store is not None else None  # type: ignore[attr-defined]
 
 
 def is_replicated(trainer: pl.Trainer) -> bool:
@@ -253,3 +264,70 @@ def resume_from(trainer: pl.Trainer, path: str) -> None:
         restore(path, weights_only)
 
     connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign, assignment]
+
+
+def requeues_by_itself(trainer: pl.Trainer) -> bool:
+    """Whether Lightning handles SLURM's signals: without the launcher, in a SLURM job, unless the script says no."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+
+
+def take_signals(trainer: pl.Trainer) -> None:
+    """Have Lightning neither handle SIGTERM nor broadcast before each batch whether one came, until given back."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def give_signals_back(trainer: pl.Trainer) -> None:
+    """Undo `take_signals`."""
+    vars(trainer._signal_connector).pop("register_signal_handlers", None)
+    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+
+
+def synchronize(trainer: pl.Trainer) -> None:
+    """Wait until the device has done what was queued."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(trainer.strategy.root_device)
+
+
+def is_validation_under_way(trainer: pl.Trainer) -> bool:
+    """Whether this moment is in the middle of one of ``fit``'s own validations (not of the sanity check)."""
+    if trainer.state.fn != TrainerFn.FITTING or not trainer.validating or trainer.sanity_checking:
+        return False
+    return bool(trainer.lightning_module._current_fx_name != "on_validation_end")
+
+
+def redo_validation(checkpoint: dict[str, Any]) -> None:
+    """Have a resumed run do the validation that was under way in this captured state, all of it.
+
+    The counters become what they are while its first batch is in flight, by which Lightning knows a validation that
+    was interrupted. It goes back to it, and counts from the last completed batch, which is none.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    undone = progress["current"]["completed"]
+    before = progress["total"]["completed"] - undone
+    progress["current"].update(ready=1, started=1, processed=0, completed=0)
+    progress["total"].update(ready=before + 1, started=before + 1, processed=before, completed=before)
+    progress["is_last_batch"] = False
+
+
+def batches_half_accumulated(trainer: pl.Trainer) -> int:
+    """Batches since the last optimizer step, whose gradients are in no parameter yet."""
+    return trainer.fit_loop.epoch_loop.batch_idx + 1 - batches_at_boundary(trainer)
+
+
+def batches_to_boundary(trainer: pl.Trainer) -> int:
+    """Batches until the accumulation under way becomes a step, unless the epoch ends before."""
+    return trainer.accumulate_grad_batches - batches_half_accumulated(trainer)
+
+
+def batches_begun(trainer: pl.Trainer) -> int:
+    """Training batches that were begun in the whole training, on this rank."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(progress.ready)
+
+
+def batches_done(trainer: pl.Trainer) -> int:
+    """Training batches whose computation is done, in the whole training, on this rank."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(progress.processed)

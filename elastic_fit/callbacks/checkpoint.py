@@ -14,13 +14,14 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from elastic_fit.callbacks import _lightning, stop
+from elastic_fit.callbacks import _lightning
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.resume import choose
 from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
+from elastic_fit.callbacks.stop import Stopper
 from elastic_fit.callbacks.trace import StepTrace
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.ledger import Ledger
@@ -109,17 +110,31 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._unranked_step = 0
         self._postponed: str | None = None
         self._validated = False
+        self._guard = StepGuard()
+        self.began_step = 0
+        """The step that this ``fit`` began at; where it isn't 0, there is a checkpoint of it."""
+        self.saved_step = 0
+        """The newest step that is safe on disk, as far as this rank knows."""
+        self.has_saved = False
+        """Whether anything was saved in this ``fit``."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is a folder to save to."""
+        return self.dirpath is not None
 
     # setting up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Resolve the folder and seal it."""
         super().setup(trainer, pl_module, stage)
+        # Lightning goes through its list of callbacks while we add to it: they are set up right after us.
+        if stage == "fit" and self.exact and self.dirpath is not None:
+            _lightning.callbacks_in(trainer).extend(self._companions(trainer))
+        if self.emergency:
+            self._add_stopper(trainer)
         if stage != "fit" or self.dirpath is None:
             return
-        if self.exact:
-            # Lightning goes through this list while we add to it: they are set up right after us.
-            _lightning.callbacks_in(trainer).extend(self._companions(trainer))
         self._seals = Seals.of(trainer)
         self._seals.finite_check = self.finite_check
         if "://" not in str(self.dirpath):
@@ -127,6 +142,12 @@ class ElasticCheckpoint(ModelCheckpoint):
         path = choose(self.resume, self.dirpath, trainer)
         if path is not None:
             _lightning.resume_from(trainer, path)
+
+    @staticmethod
+    def _add_stopper(trainer: pl.Trainer) -> None:
+        callbacks = _lightning.callbacks_in(trainer)
+        if not any(isinstance(one, Stopper) for one in callbacks):
+            callbacks.append(Stopper())
 
     def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
         return companions(trainer)
@@ -137,6 +158,7 @@ class ElasticCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; what was counted before a restart still counts."""
         super().on_train_start(trainer, pl_module)
+        self.began_step = self.saved_step = trainer.global_step
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
 
     # triggers
@@ -144,7 +166,7 @@ class ElasticCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At an optimizer step: save if steps or time say so, then look whether somebody asks to stop."""
+        """At an optimizer step: save if steps or time say so."""
         if not _lightning.is_boundary(trainer) or self._is_off(trainer):
             return
         due = self._cadence.due(trainer)
@@ -154,7 +176,6 @@ class ElasticCheckpoint(ModelCheckpoint):
                 self._postponed = due
             else:
                 self._save_due(trainer, due)
-        stop.at_boundary(self, trainer)
 
     def _is_off(self, trainer: pl.Trainer) -> bool:
         return _lightning.is_rehearsal(trainer) or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking
@@ -235,7 +256,10 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _after_save(self, trainer: pl.Trainer) -> None:
         self._cadence.saved(trainer.global_step)
-        if trainer.is_global_zero and self._seals is not None and self._seals.last_failure is None:
+        if self._seals is not None and self._seals.last_failure is not None:
+            return
+        self.saved_step, self.has_saved = trainer.global_step, True
+        if trainer.is_global_zero and self._seals is not None:
             self._let_go(trainer)
 
     def _let_go(self, trainer: pl.Trainer) -> None:
@@ -258,6 +282,21 @@ class ElasticCheckpoint(ModelCheckpoint):
             folder = os.path.dirname(os.path.abspath(linkpath))
             CheckpointStore(folder).link_last(os.path.relpath(filepath, folder), os.path.basename(linkpath))
         trainer.strategy.barrier()
+
+    # failures
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """From here until the batch is done, the parameters belong to no step."""
+        self._guard.begins(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """This rank leaves because something failed, here or on another rank: save what is whole."""
+        if self._is_off(trainer) or not self.emergency or isinstance(exception, SystemExit) or not self.is_active:
+            super().on_exception(trainer, pl_module, exception)
+            return
+        rescue(trainer, self._make_store(Path(str(self.dirpath))), self._guard, exception, self.began_step)
 
     # state
 
@@ -298,7 +337,6 @@ class RunCheckpoint(ElasticCheckpoint):
         self._worker = worker
         self._point: ResumePoint | None = None
         self._active = False
-        self._guard = StepGuard()
         self._is_proven = False
 
     @property
@@ -311,11 +349,15 @@ class RunCheckpoint(ElasticCheckpoint):
         self.dirpath = str(folder) if folder else None
         self._active = folder is not None
         self._point = point
-        self._last_global_step_saved = self._unranked_step = point.step if point else 0
+        self._last_global_step_saved = self._unranked_step = self.began_step = self.saved_step = (
+            point.step if point else 0
+        )
+        self.has_saved = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""
         if not self._active or stage != "fit":
+            self._add_stopper(trainer)
             return
         # With nothing to keep, Lightning doesn't warn of a folder that holds something: a run's own is no surprise.
         kept, self.save_top_k = self.save_top_k, 0
@@ -323,6 +365,11 @@ class RunCheckpoint(ElasticCheckpoint):
         self.save_top_k = kept
         checkpoints = self._worker.folder.checkpoints
         Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this is a training of the run's, and no search or rehearsal."""
+        return self._active
 
     def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
         settings = self._worker.context.settings
@@ -347,19 +394,6 @@ class RunCheckpoint(ElasticCheckpoint):
         point = self._point
         if self._active and point is not None and point.finished and point.ended_early:
             trainer.should_stop = True
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """From here until the step is counted, the parameters belong to no step."""
-        self._guard.begins(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """This rank leaves because something failed, here or on another rank: save what is whole."""
-        if self._is_off(trainer) or not self.emergency or isinstance(exception, SystemExit):
-            return
-        saved = max(self._last_global_step_saved, self._unranked_step)
-        rescue(trainer, self._make_store(Path(str(self.dirpath))), self._guard, exception, saved)
 
     def _after_save(self, trainer: pl.Trainer) -> None:
         super()._after_save(trainer)

@@ -1,13 +1,21 @@
 """Survivors save: when a rank dies, another one writes down what all of them had, alone and without a collective.
 
 Data-parallel replicas are equal after every optimizer step, so any survivor holds the state of the job, provided that
-no step was half applied to it. The in-flight batch, whose gradients never came together, is counted as not consumed.
+no step is half applied to it. The in-flight batch, whose gradients never came together, is counted as not consumed.
+
+Survivors may be one step apart: the dead rank's gradients reached one of them and not the other. One at a time, each
+saves what it holds if it is newer than what is there. So the newest whole state wins, whoever comes first, and one
+that dies over its save leaves the place to the next.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -15,7 +23,7 @@ import lightning.pytorch as pl
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.randomness import saving_alone
 from elastic_fit.callbacks.seal import Purpose, facts_of, persist
-from elastic_fit.supervisor.board import Phase
+from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
 
 if TYPE_CHECKING:
@@ -25,54 +33,93 @@ log = logging.getLogger("elastic_fit")
 
 
 class StepGuard:
-    """Knows whether an optimizer step is half applied to this rank's parameters."""
+    """Knows whether a batch is half applied to this rank's parameters."""
 
     def __init__(self) -> None:
-        self._began_at: int | None = None
+        self._batch = 0
 
     def begins(self, trainer: pl.Trainer) -> None:
         """Gradients are whole, and the parameters are about to change."""
-        self._began_at = trainer.global_step
+        self._batch = _lightning.batches_begun(trainer)
 
     def is_torn(self, trainer: pl.Trainer) -> bool:
-        """Whether a step began and was not counted as completed."""
-        return self._began_at is not None and self._began_at >= trainer.global_step
+        """Whether the batch under way has begun to change them, and isn't done (it may have several optimizers)."""
+        begun = _lightning.batches_begun(trainer)
+        return self._batch == begun and _lightning.batches_done(trainer) < begun
 
 
-def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error: BaseException, saved: int) -> bool:
-    """Save what this survivor holds, if it is the first to try, whole, and newer than step `saved`.
+def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error: BaseException, began: int) -> bool:
+    """Save what this survivor holds, if it is whole and newer than step `began` and what others have saved.
 
     Returns whether it saved. Never raises for a save that fails: the reason is logged, and the last good checkpoint
     serves.
     """
-    worker = session.current()
     step = trainer.global_step
-    if worker is None or step <= saved or not _lightning.is_replicated(trainer) or guard.is_torn(trainer):
+    worker = session.current()
+    if worker is None and trainer.world_size == 1:
+        return False  # nobody survives anybody; the exception is the script's to deal with
+    why = _why_not(trainer, guard)
+    if why is not None:
+        _tell_loss(trainer, store, why, began)
+    if why is not None or step <= began:
         return False
-    if not _is_first(worker):
-        return False
-    worker.board.enter(Phase.RESCUING)
-    try:
-        with saving_alone():
-            checkpoint = _lightning.capture(trainer)
-        purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
-        size = persist(checkpoint, store, f"step={step}.ckpt", facts_of(trainer, purpose, checkpoint))
-    except StorageError as failure:
-        worker.ledger.write("save_failed", step=step, error=failure.message)
-        log.error("%s", failure.message)
-        return False
-    worker.ledger.write("rescue", step=step, rank=trainer.global_rank, bytes=size)
+    if worker is not None:
+        worker.board.enter(Phase.RESCUING)
+    with _one_at_a_time(store.root):
+        there = _newest_step(store)
+        if there >= step:
+            return False
+        try:
+            with saving_alone():
+                checkpoint = _lightning.capture(trainer)
+            purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
+            size = persist(checkpoint, store, f"step={step}.ckpt", facts_of(trainer, purpose, checkpoint))
+        except StorageError as failure:
+            if worker is not None:
+                worker.ledger.write("save_failed", step=step, error=failure.message)
+            log.error("%s", failure.message)
+            return False
+    if worker is not None:
+        worker.board[Word.RESCUED_STEP] = step
+        worker.ledger.write("rescue", step=step, rank=trainer.global_rank, bytes=size, newer_than=there)
+    log.warning("elastic-fit: rank %d saved the state after step %d by itself", trainer.global_rank, step)
     return True
 
 
-def _is_first(worker: session.Session) -> bool:
-    """Exactly one survivor of an attempt gets to save: who makes the file."""
-    context = worker.context
-    locks = worker.folder.root / "rescues"
-    locks.mkdir(exist_ok=True)
+def _why_not(trainer: pl.Trainer, guard: StepGuard) -> str | None:
+    if trainer.world_size > 1 and not _lightning.is_replicated(trainer):
+        return f"with {type(trainer.strategy).__name__} no rank holds the whole state"
+    if guard.is_torn(trainer):
+        return "this rank's parameters are in the middle of an optimizer step"
+    return None
+
+
+def _tell_loss(trainer: pl.Trainer, store: CheckpointStore, why: str, began: int) -> None:
+    step, safe = trainer.global_step, max(began, _newest_step(store))
+    lost = max(0, step - safe)
+    log.warning("elastic-fit: rank %d can't rescue step %d: %s; %d steps lost", trainer.global_rank, step, why, lost)
+    worker = session.current()
+    if worker is not None:
+        worker.ledger.write("no_rescue", step=step, rank=trainer.global_rank, why=why, safe_step=safe, lost=lost)
+
+
+def _newest_step(store: CheckpointStore) -> int:
+    """Of those that this generation has committed, 0 where there is none: others may belong to an abandoned branch."""
+    mine = (one.manifest for one in store.committed())
+    return max((one.step for one in mine if one.generation == store.generation), default=0)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel lets go of where its holder dies.
+
+    Where the file system has none, or it lies, two survivors may write at once; the commit protocol bears that.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        path = locks / f"{context.generation}-{context.attempt}"
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        return False
-    return True
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -99,6 +99,7 @@ class RandomStreams(pl.Callback):
         self._reproducible = reproducible
         self._trainer: pl.Trainer | None = None
         self._restored: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -115,7 +116,10 @@ class RandomStreams(pl.Callback):
         if trainer is None or _alone:
             return {"seed": self._seed, "ranks": []}
         over = _lightning.is_epoch_over(trainer, _lightning.batches_at_boundary(trainer))
-        return {"seed": self._seed, "ranks": gather(capture_streams()), "between_epochs": over}
+        streams, before = capture_streams(), self._before_validation
+        if _lightning.is_validation_under_way(trainer) and before is not None:
+            streams, over = before, False  # it will be done from its start
+        return {"seed": self._seed, "ranks": gather(streams), "between_epochs": over}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """To be put in place when training starts, after everything else has drawn its numbers."""
@@ -138,9 +142,10 @@ class RandomStreams(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With `reproducible`: what comes next depends on nothing that was drawn before."""
+        """With `reproducible`, what comes next depends on nothing that was drawn before. A validation may be next."""
         if self._reproducible:
             self._derive(trainer)
+        self._before_validation = capture_streams() if _lightning.is_validation_next(trainer) else None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same after a validation, which may have drawn numbers."""

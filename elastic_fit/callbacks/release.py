@@ -1,4 +1,9 @@
-"""Release from a collective that can't end: a silent peer breaks no connection, and gloo waits for it for minutes."""
+"""What a worker does while its main thread can't: a thread that looks at the board.
+
+- Release from a collective that can't end: a silent peer breaks no connection, and gloo waits for it for minutes.
+- The way out of a worker that is told to stop while it waits for its peers to start: there is nothing to be saved.
+- Notices of the user's are asked whether to stop.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,15 @@ import logging
 import os
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
-from elastic_fit.supervisor.board import Board, Phase, StopMode
+from elastic_fit.callbacks.latch import Latch
+from elastic_fit.callbacks.notice import NOTICES
+from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode
+from elastic_fit.supervisor.exits import Exit
 
 log = logging.getLogger("elastic_fit")
 
@@ -23,21 +30,26 @@ PATIENCE_S = 0.5
 """How long this worker may take to leave by itself once it is asked to."""
 
 
-def watch(board: Board) -> threading.Thread:
-    """Start the thread that breaks this worker's collectives when it is asked to leave and doesn't.
-
-    The main thread then gets an error out of the collective that it waits in, and rescues what it holds.
-    """
-    thread = threading.Thread(target=_run, args=(board, threading.Event()), name="elastic-fit-release", daemon=True)
+def watch(board: Board, latch: Latch) -> threading.Thread:
+    """Start the thread."""
+    pause = threading.Event()
+    thread = threading.Thread(target=_run, args=(board, latch, pause), name="elastic-fit-release", daemon=True)
     thread.start()
     return thread
 
 
-def _run(board: Board, pause: threading.Event) -> None:
+def _run(board: Board, latch: Latch, pause: threading.Event) -> None:
+    asks_notices = os.environ.get("LOCAL_RANK", "0") == "0"
     while not _is_asked_to_leave(board):
         pause.wait(LOOK_S)
+        if asks_notices and not board.request and (why := NOTICES.look()):
+            log.warning("elastic-fit: asked to stop: %s", why)
+            board.ask_back(NOTICED)
+        if board.request and board.phase < Phase.PROCESS_GROUP and not latch.is_in_trainer:
+            pause.wait(PATIENCE_S)
+            _leave_early(board, latch)
     pause.wait(PATIENCE_S)
-    if board.phase is not Phase.RESCUING and dist.is_available() and dist.is_initialized():
+    if board.phase is not Phase.RESCUING and _has_group():
         log.info("another rank is gone: breaking the collectives that wait for it")
         abort_collectives()
 
@@ -46,8 +58,28 @@ def _is_asked_to_leave(board: Board) -> bool:
     return bool(board.request) and board.mode is StopMode.RESCUE
 
 
+def _leave_early(board: Board, latch: Latch) -> None:
+    """End a worker that waits in native code for peers that may have left, where no handler gets to run."""
+    if latch.is_leaving or board.phase >= Phase.PROCESS_GROUP or not latch.is_installed:
+        return
+    if "lightning.pytorch" not in sys.modules:
+        return  # a script of another kind may have things to do before it ends
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(int(Exit.TERMINATED))
+
+
+def _has_group() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def abort_collectives() -> None:
     """Have every collective of the job fail, in whatever thread waits for one."""
+    import torch.distributed as dist
+
     group = dist.group.WORLD
     if group is not None:
         group.abort()  # enough for NCCL; gloo lets those who wait already wait on

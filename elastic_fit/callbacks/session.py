@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elastic_fit.callbacks.latch import Latch
 from elastic_fit.supervisor.board import Board
 from elastic_fit.supervisor.context import ResumePoint, WorkerContext
 from elastic_fit.supervisor.ledger import Ledger
@@ -18,6 +19,8 @@ class Session:
 
     context: WorkerContext
     board: Board
+    latch: Latch
+    """The handlers of this worker's stop signals."""
     fits: int = 0
     """How many calls of ``Trainer.fit`` have begun, tuning runs not counted."""
     ledger: Ledger = field(init=False)
@@ -47,7 +50,7 @@ _session: Session | None = None
 def begin(context: WorkerContext, board: Board) -> Session:
     """Make this process a worker of the run."""
     global _session
-    _session = Session(context, board)
+    _session = Session(context, board, Latch(board))
     return _session
 
 

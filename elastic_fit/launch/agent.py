@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import random
 import select
-import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup, WorkerSpec
 
 from elastic_fit.launch._torchelastic import Result, TorchelasticAgent
 from elastic_fit.launch.attempt import Attempt, Program, WorkerPlan
+from elastic_fit.launch.stopping import Ears, Latch
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
 from elastic_fit.supervisor.context import ResumePoint
@@ -33,9 +34,10 @@ from elastic_fit.supervisor.policy import (
     decide,
     root_cause,
 )
+from elastic_fit.supervisor.stop import Answer, StopRequest, answer
 from elastic_fit.supervisor.watch import signal_name
 
-IDLE_S = 1.0
+IDLE_S = 0.25
 """Longest sleep of the loop while all is well."""
 STARTING_S = 0.02
 """Longest sleep until the first step of an attempt is seen."""
@@ -43,14 +45,8 @@ RESCUE_PATIENCE_S = 10.0
 """How long survivors may take to leave their collectives once a peer is gone, unless they are writing a checkpoint."""
 
 
-class Latch(Protocol):
-    """Signals that have arrived, to be looked at when the loop gets to it."""
-
-    def fileno(self) -> int:
-        """Readable when a signal is waiting."""
-
-    def take(self) -> list[int]:
-        """The signals since the last call, oldest first."""
+DUMP_S = 0.3
+"""Between the order to write down their stacks and the end of the workers that are late."""
 
 
 class Observer(Protocol):
@@ -59,8 +55,8 @@ class Observer(Protocol):
     def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
         """A worker has failed; this was the cause, and this is done about it."""
 
-    def stopping(self, name: str, grace_s: float) -> None:
-        """A signal asks the run to stop."""
+    def stopping(self, request: StopRequest) -> None:
+        """Somebody asks the run to stop."""
 
     def recovered(self, seconds: float, step: int) -> None:
         """Training goes on after a failure."""
@@ -80,6 +76,10 @@ class Effects:
     """What to start one worker with, in a given attempt."""
     seconds_left: Callable[[], float | None] = lambda: None
     """What whoever stops the run leaves it; None where that isn't known."""
+    stop_order: Path | None = None
+    """Where ``elastic-fit stop`` leaves its order."""
+    stop_file: Path | None = None
+    """A file whose appearance asks to stop."""
     now_ns: Callable[[], int] = time.monotonic_ns
     draw: Callable[[], float] = random.random
 
@@ -92,15 +92,6 @@ class Limits:
     """A stop, from the request to the last exit."""
     shutdown_s: float = 30.0
     """A worker without Lightning, from SIGTERM to SIGKILL."""
-
-
-@dataclass(slots=True)
-class Stop:
-    """The stop that is under way."""
-
-    signal: int
-    deadline_ns: int
-    times: int = 1
 
 
 @dataclass(slots=True)
@@ -134,7 +125,15 @@ class ElasticAgent(TorchelasticAgent):
         self._limits = limits
         self._history = History()
         self._attempt: Attempt | None = None
-        self._stop: Stop | None = None
+        self._stop: StopRequest | None = None
+        self._ears = Ears(
+            effects.latch,
+            limits.grace_s,
+            order=effects.stop_order,
+            file=effects.stop_file,
+            now_ns=effects.now_ns,
+        )
+        self._dumped_ns = 0
         self._marks = Marks()
         self._requests = 0
         self._resume: tuple[ResumePoint, ...] = ()
@@ -181,7 +180,7 @@ class ElasticAgent(TorchelasticAgent):
             seconds=_seconds(started, self._marks.met_ns),
         )
         attempt = Attempt(number, fx.nursery, self._program, fx.now_ns)
-        self._attempt = attempt
+        self._attempt, self._dumped_ns = attempt, 0
         plans = [
             fx.plan(worker, number, self.worker_environment(worker, number), self._resume) for worker in group.workers
         ]
@@ -210,10 +209,9 @@ class ElasticAgent(TorchelasticAgent):
             if attempt.first_exit_ns and not ending_ns:
                 ending_ns = self._release_survivors(attempt)
             ending_ns = self._note_others(attempt, ending_ns)
-            if ending_ns and self._is_over(attempt, ending_ns):
-                attempt.kill()
-            if self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns:
-                attempt.kill()
+            is_late = self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns
+            if is_late or (ending_ns and self._is_over(attempt, ending_ns)):
+                self._end_stragglers(attempt)
         self._marks.ended_ns = self._fx.now_ns()
         self.reached_step = max(self.reached_step, attempt.highest_step)
 
@@ -222,7 +220,7 @@ class ElasticAgent(TorchelasticAgent):
         for deadline in (ending_ns, self._stop.deadline_ns if self._stop else 0):
             if deadline:
                 timeout = min(timeout, max(0.01, (deadline - self._fx.now_ns()) / 1e9))
-        select.select([self._fx.nursery.fileno(), self._fx.latch.fileno(), *self._others()], [], [], timeout)
+        select.select([self._fx.nursery.fileno(), self._ears.fileno(), *self._others()], [], [], timeout)
 
     def _others(self) -> list[int]:
         """Descriptors that are readable when there is news of other nodes."""
@@ -235,39 +233,58 @@ class ElasticAgent(TorchelasticAgent):
     # signals and stops
 
     def _note_signals(self) -> None:
-        for number in self._fx.latch.take():
-            if self._stop is None:
-                self._request_stop(number)
-            else:
-                self._stop.times += 1
-                if number == signal.SIGINT and self._stop.signal == signal.SIGINT and self._attempt is not None:
-                    self._attempt.kill()
+        for request in self._ears.hear(self._attempt.running_boards if self._attempt else ()):
+            reply = answer(self._stop, request)
+            if reply is Answer.BEGIN:
+                self._begin_stop(request)
+            elif reply is Answer.AT_ONCE and self._attempt is not None:
+                self._attempt.kill()
 
-    def _request_stop(self, number: int) -> None:
-        left = self._fx.seconds_left()
-        grace_s = self._limits.grace_s if left is None else min(left, self._limits.grace_s)
-        now = self._fx.now_ns()
-        self._stop = Stop(signal=number, deadline_ns=now + int(grace_s * 1e9))
-        name = signal.Signals(number).name
-        self._fx.ledger.write("stop_requested", source="signal", reason=name, deadline_s=grace_s)
-        self._fx.observer.stopping(name, grace_s)
+    def _begin_stop(self, request: StopRequest) -> None:
+        left_s = self._fx.seconds_left()
+        if left_s is not None and left_s < request.grace_s:
+            request = replace(request, grace_s=left_s)
+        self._stop = request
+        self._fx.ledger.write(
+            "stop_requested",
+            source=request.source,
+            reason=request.reason,
+            deadline_s=request.grace_s,
+            save=request.save,
+            rank=request.rank,
+            id=request.id,
+        )
+        self._fx.observer.stopping(request)
         if self._attempt is not None:
             self._requests += 1
-            self._attempt.ask(self._requests, StopMode.SAVE, self._stop.deadline_ns)
+            self._attempt.ask(self._requests, request.mode, request.deadline_ns)
+
+    def _end_stragglers(self, attempt: Attempt) -> None:
+        """The time is up: have those that are left write down where they are, then kill them."""
+        now = self._fx.now_ns()
+        if not self._dumped_ns:
+            self._dumped_ns = now
+            self._fx.ledger.write("stragglers", attempt=attempt.number, ranks=attempt.dump_stacks())
+        elif now - self._dumped_ns >= DUMP_S * 1e9:
+            attempt.kill()
 
     def _conclude_stop(self, attempt: Attempt) -> Result:
         codes = attempt.codes.values()
+        is_rescued = bool(attempt.rescued_step)
         attempt.finish()
         if codes and all(code == 0 for code in codes):
             return self._finished(attempt)
-        return self._ended_by_stop(saved=75 in codes)
+        return self._ended_by_stop(saved=Status.SAVED in codes or is_rescued)
 
     def _ended_by_stop(self, *, saved: bool) -> Result:
-        by_hand = self._stop is not None and self._stop.signal == signal.SIGINT
-        unsaved = Status.INTERRUPTED if by_hand else Status.TERMINATED
+        unsaved = self._stop.unsaved if self._stop is not None else Status.TERMINATED
         self.status = Status.SAVED if saved else unsaved
         self._fx.ledger.write("stopped", code=int(self.status), saved=saved)
         return Result(succeeded=False, stopped=True)
+
+    def forget_orders(self) -> None:
+        """The run has ended: what asked it to stop must not stop the next one."""
+        self._ears.forget()
 
     # exits and failures
 
@@ -341,7 +358,7 @@ class ElasticAgent(TorchelasticAgent):
         """Wait before the next attempt; False where a stop came meanwhile."""
         until = self._fx.now_ns() + int(restart.backoff_s * 1e9)
         while self._stop is None and (left := until - self._fx.now_ns()) > 0:
-            select.select([self._fx.latch.fileno()], [], [], left / 1e9)
+            select.select([self._ears.fileno()], [], [], min(IDLE_S, left / 1e9))
             self._note_signals()
         if self._stop is not None:
             self._ended_by_stop(saved=False)

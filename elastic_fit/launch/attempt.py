@@ -13,6 +13,7 @@ from elastic_fit.launch.nursery import BOARD_DESCRIPTOR
 from elastic_fit.launch.streams import Route, Streams
 from elastic_fit.launch.workers import Exit, Nursery, NurseryLost, bootstrap_command
 from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
+from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.policy import WorkerFailure
 from elastic_fit.supervisor.watch import signal_name
 
@@ -79,6 +80,7 @@ class Attempt:
         self._now_ns = now_ns
         self._workers: dict[int, _Worker] = {}
         self._streams = Streams()
+        self._good: frozenset[int] = frozenset({Status.FINISHED, Status.SAVED})
 
     def start(self, plans: Sequence[WorkerPlan]) -> None:
         """Fork all workers. Raises NurseryLost and ElasticFitError as `Nursery.spawn` does."""
@@ -123,6 +125,11 @@ class Attempt:
         """All workers' boards, the ended ones' too."""
         return [worker.board for worker in self._workers.values()]
 
+    @property
+    def running_boards(self) -> list[tuple[int, Board]]:
+        """Rank and board of the workers that have not ended."""
+        return [(worker.plan.rank, worker.board) for worker in self._workers.values() if worker.exit is None]
+
     def board_of(self, pid: int) -> Board:
         """The board of one worker."""
         return self._workers[pid].board
@@ -147,7 +154,7 @@ class Attempt:
         return [
             _read_failure(worker)
             for worker in self._workers.values()
-            if worker.exit is not None and worker.exit.code not in (0, 75)
+            if worker.exit is not None and worker.exit.code not in self._good
         ]
 
     # what is done
@@ -163,7 +170,7 @@ class Attempt:
         mine = [exit_ for exit_ in exits if exit_.pid in self._workers]
         for exit_ in mine:
             self._workers[exit_.pid].exit = exit_
-            if exit_.code not in (0, 75) and not self.first_exit_ns:
+            if exit_.code not in self._good and not self.first_exit_ns:
                 self.first_exit_ns = exit_.seen_ns
         return mine
 
@@ -176,6 +183,8 @@ class Attempt:
 
         A worker that has not come as far as a process group can't read it, and has nothing to save: it gets SIGTERM.
         """
+        if mode in (StopMode.SAVE, StopMode.NO_SAVE):
+            self._good |= {Status.TERMINATED}  # to leave with nothing to save is no failure then
         for pid in self.running:
             board = self.board_of(pid)
             board.ask(request, mode, deadline_ns)
@@ -200,6 +209,18 @@ class Attempt:
     def is_saving(self) -> bool:
         """Whether a running worker is writing a checkpoint or rescuing the state."""
         return any(self.board_of(pid).phase in (Phase.SAVING, Phase.RESCUING) for pid in self.running)
+
+    def dump_stacks(self) -> list[int]:
+        """Have the workers that are left, and can, write all their threads' stacks to their logs; returns the ranks."""
+        able = [pid for pid in self.running if self.board_of(pid).phase >= Phase.SCRIPT]
+        for pid in able:
+            self.signal(pid, signal.SIGQUIT)
+        return [self.rank_of(pid) for pid in able]
+
+    @property
+    def rescued_step(self) -> int:
+        """The step of the newest state that a worker of this node has rescued; 0 where none has."""
+        return max((board[Word.RESCUED_STEP] for board in self.boards), default=0)
 
     def listens(self) -> bool:
         """Whether a running worker can read the stop word."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -35,6 +36,7 @@ from elastic_fit.supervisor.policy import (
     root_cause,
 )
 from elastic_fit.supervisor.roster import Cause
+from elastic_fit.supervisor.stop import StopRequest
 
 
 class StoppedWaiting(Exception):
@@ -177,19 +179,20 @@ class ClusterAgent(ElasticAgent):
             return ending_ns
         if change.cause >= Cause.FAILED:
             return ending_ns or self._release_survivors(attempt)
-        return self._ask_to_save(attempt, change.deadline_s or self._limits.grace_s)
+        return self._ask_to_save(attempt, change)
 
-    def _ask_to_save(self, attempt: Attempt, deadline_s: float) -> int:
+    def _ask_to_save(self, attempt: Attempt, change: Change) -> int:
+        deadline_s = self._limits.grace_s if change.deadline_s is None else change.deadline_s
         deadline = self._fx.now_ns() + int(deadline_s * 1e9)
         if self._stop is None:
             self._requests += 1
-            attempt.ask(self._requests, StopMode.SAVE, deadline)
+            attempt.ask(self._requests, StopMode.SAVE if change.save else StopMode.NO_SAVE, deadline)
         return deadline
 
-    def _request_stop(self, number: int) -> None:
-        super()._request_stop(number)
-        if self._stop is not None and self._attempt is not None and self._attempt.running:
-            self._rendezvous_of_nodes.ask_stop(f"signal {self._stop.signal}", self._limits.grace_s)
+    def _begin_stop(self, request: StopRequest) -> None:
+        super()._begin_stop(request)
+        if self._attempt is not None and self._attempt.running:
+            self._rendezvous_of_nodes.ask_stop(request.note(self._fx.now_ns()))
 
     def _report(self, attempt: Attempt) -> Report:
         codes = attempt.codes
@@ -251,8 +254,9 @@ class ClusterAgent(ElasticAgent):
         return not gathered.gone and len(finished) == len(gathered.previous)
 
     def _conclude(self, gathered: Gathered) -> Verdict:
-        saved = any(75 in report.codes.values() for report in gathered.reports)
-        status = Status.SAVED if saved else Status.TERMINATED
+        saved = any(Status.SAVED in report.codes.values() for report in gathered.reports)
+        by_hand = gathered.note.get("signal") == signal.SIGINT
+        status = Status.SAVED if saved else Status.INTERRUPTED if by_hand else Status.TERMINATED
         return Verdict(goes_on=False, status=int(status), facts={"why": str(gathered.note.get("why", "stopped"))})
 
     def _weigh(

@@ -42,6 +42,8 @@ class Change:
     """In a line, with the names of the nodes."""
     deadline_s: float | None = None
     """How long the workers may take, for a stop."""
+    save: bool = True
+    """Whether they save, for a stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,12 +255,14 @@ class ElasticRendezvous(RendezvousHandler):
             return Change(cause=None, why=getattr(keeper.move, "why", "") or "the job goes on without this node")
         roster = keeper.roster
         assert roster is not None
-        left = roster.note.get("deadline_s") if order.cause is Cause.STOP else None
-        return Change(cause=order.cause, why=_why(roster), deadline_s=left)
+        note = roster.note if order.cause is Cause.STOP else {}
+        return Change(
+            cause=order.cause, why=_why(roster), deadline_s=note.get("deadline_s"), save=bool(note.get("save", True))
+        )
 
-    def ask_stop(self, why: str, deadline_s: float) -> None:
-        """Ask all nodes to stop and save."""
-        self._set(stop={"why": why, "deadline_s": deadline_s})
+    def ask_stop(self, note: Mapping[str, Any]) -> None:
+        """Ask all nodes to stop: `StopRequest.note`."""
+        self._set(stop=dict(note))
 
     # the rounds
 

@@ -107,6 +107,7 @@ class _Node:
         try:
             agent = self._agent(ledger, latch, rendezvous)
             agent.run()
+            agent.forget_orders()
         finally:
             rendezvous.shutdown()
         result = account(read(self.folder.events))
@@ -218,6 +219,8 @@ class _Node:
             select_resume=ResumeChooser(self.folder, ledger, self.invocation),
             plan=self._planner(rendezvous),
             seconds_left=self._start.seconds_left if self._start is not None else lambda: None,
+            stop_order=self.folder.stop_order,
+            stop_file=self.invocation.stop_file,
         )
         return ClusterAgent(
             spec,

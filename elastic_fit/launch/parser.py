@@ -57,6 +57,7 @@ class Invocation:
     """Flags of torchrun's that were given and that change nothing here."""
     job: Job | None = None
     """The SLURM job that this launcher is part of."""
+    stop_file: Path | None = None
 
 
 def parse_duration(text: str) -> float:
@@ -125,6 +126,7 @@ def _add_ours(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-interval", type=parse_duration, default="5m", metavar="TIME", help="Save every 30s, 5m, 1h.")
     add("--keep", type=_positive, default=3, metavar="N", help="How many valid checkpoints stay (default 3).")
     add("--grace", type=parse_duration, default="30", metavar="TIME", help="How long a stop may take (default 30s).")
+    add("--stop-file", metavar="PATH", help="Save and stop once this file appears (a notice of a spot machine's end).")
     add("--preload", default="", metavar="MODULES", help="Modules to import once, before workers are forked.")
     add("--no-warm", action="store_true", help="Start every worker in a fresh interpreter.")
     add("--global-batch-size", type=_positive, metavar="N", help="Keep this global batch whatever the world size.")
@@ -253,6 +255,7 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invoca
             flag for flag, name in WITHOUT_EFFECT.items() if getattr(parsed, name, None) not in (None, [], "")
         ),
         job=job,
+        stop_file=Path(parsed.stop_file).absolute() if parsed.stop_file else None,
     )
 
 

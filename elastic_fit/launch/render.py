@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from elastic_fit.supervisor.goodput import Goodput
     from elastic_fit.supervisor.policy import GiveUp, Restart, WorkerFailure
     from elastic_fit.supervisor.rundir import RunDir
+    from elastic_fit.supervisor.stop import StopRequest
 
 NAME = "elastic-fit"
 TRACEBACK_LINES = 40
@@ -122,10 +123,12 @@ class Console:
         if hint:
             self.line(f"hint     {hint}")
 
-    def stopping(self, name: str, grace_s: float) -> None:
-        """A signal asks the run to stop."""
-        again = "; press again to end at once" if name == "SIGINT" else ""
-        self.line(f"{name}: saving and stopping, at most {grace_s:.0f} s{again}", style="33")
+    def stopping(self, request: StopRequest) -> None:
+        """Somebody asks the run to stop."""
+        who = "" if request.rank is None else f" to rank {request.rank}"
+        what = "saving and stopping" if request.save else "stopping without a save"
+        again = "; press again to end at once" if request.reason == "SIGINT" else ""
+        self.line(f"{request.reason}{who}: {what}, at most {request.grace_s:.0f} s{again}", style="33")
 
     def recovered(self, seconds: float, step: int) -> None:
         """Training goes on after a failure."""

@@ -100,6 +100,7 @@ class _Launch:
             self.nursery.preload(self.invocation.preload)
             agent = self._agent(ledger, chooser, latch, planner)
             agent.run()
+            agent.forget_orders()
         result = account(read(self.folder.events))
         ledger.write(
             "finish",
@@ -142,6 +143,8 @@ class _Launch:
             observer=self.console,
             select_resume=chooser,
             plan=planner,
+            stop_order=self.folder.stop_order,
+            stop_file=self.invocation.stop_file,
         )
         return ElasticAgent(
             spec,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib.machinery
 import io
@@ -11,6 +12,7 @@ import json
 import linecache
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +22,7 @@ from typing import NoReturn
 
 from elastic_fit.supervisor.board import Board, Phase, Word
 from elastic_fit.supervisor.context import WorkerContext
+from elastic_fit.supervisor.exits import Exit as Status
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
@@ -42,6 +45,7 @@ def main(kind: str, target: str, args: list[str]) -> int:
     from elastic_fit import callbacks
 
     callbacks.install(context, board)
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # by which the agent asks for the stacks
     board.enter(Phase.SCRIPT)
     status = _guarded(kind, target, args, board)
     board.enter(Phase.DONE)
@@ -96,7 +100,7 @@ def _status_of(end: SystemExit, board: Board) -> int:
     if end.code is None:
         return 0
     if isinstance(end.code, int):
-        if end.code not in (0, 75):
+        if end.code not in (Status.FINISHED, Status.SAVED, Status.TERMINATED):
             _write_error_file(end, f"SystemExit: {end.code}", "", board)
         return end.code & 0xFF
     sys.stderr.write(f"{end.code}\n")

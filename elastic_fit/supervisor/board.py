@@ -16,6 +16,8 @@ from pathlib import Path
 PAGE_BYTES = 4096
 _MAGIC = 0x454C415354494331  # "ELASTIC1"
 _PHASE_STAMPS = 16
+NOTICED = 1 << 16
+"""In place of a signal's number: a notice asks to stop."""
 
 
 class Phase(IntEnum):
@@ -73,6 +75,11 @@ class Word(IntEnum):
     """How long the last save took, in nanoseconds."""
     RESUMED_STEP = 11
     START_STEP = 12
+    SIGNALLED = 20
+    """Number of the stop signal that this worker got, 0 for none; `NOTICED` where a callable of the user's asks."""
+    SIGNALLED_NS = 21
+    RESCUED_STEP = 22
+    """The step of the state that this worker has rescued."""
     STAMPS = 32
     """First of the words that hold, per phase, when it was first entered."""
     # down: written by the agent
@@ -173,6 +180,12 @@ class Board:
     def entered_ns(self, phase: Phase) -> int:
         """When `phase` was first entered, or 0."""
         return self._words[Word.STAMPS + phase]
+
+    def ask_back(self, number: int) -> None:
+        """This worker was asked to stop, by that signal or by a notice: have the agent spread it. The first counts."""
+        if not self._words[Word.SIGNALLED]:
+            self._words[Word.SIGNALLED_NS] = time.monotonic_ns()
+            self._words[Word.SIGNALLED] = number
 
     # down
 

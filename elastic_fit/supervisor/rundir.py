@@ -51,6 +51,11 @@ class RunDir:
         return self.root / "lock"
 
     @property
+    def stop_order(self) -> Path:
+        """Where ``elastic-fit stop`` asks the launchers to stop."""
+        return self.root / "stop"
+
+    @property
     def generations(self) -> Path:
         """The folder of generation tickets, one file per fencing number."""
         return self.root / "generations"

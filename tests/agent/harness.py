@@ -22,6 +22,7 @@ from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.context import ENVIRONMENT_VARIABLE, ResumePoint, WorkerContext
 from elastic_fit.supervisor.ledger import Event, Ledger, read
 from elastic_fit.supervisor.policy import GiveUp, Restart, RestartPolicy, WorkerFailure
+from elastic_fit.supervisor.stop import StopRequest
 
 
 class ScriptedLatch:
@@ -55,8 +56,8 @@ class Heard:
     def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
         self.failures.append((root, decision))
 
-    def stopping(self, name: str, grace_s: float) -> None:
-        self.stops.append(name)
+    def stopping(self, request: StopRequest) -> None:
+        self.stops.append(request.reason)
 
     def recovered(self, seconds: float, step: int) -> None:
         self.recoveries.append(seconds)

@@ -72,7 +72,7 @@ class CheckpointStore:
         self.root = Path(root)
         self._fence = fence
         self._disk = disk or Disk()
-        self._generation = generation
+        self.generation = generation
 
     def stage(self, name: str) -> Staged:
         """Begin a checkpoint of that name. Raises StorageError where the folder can't be made or the name is taken."""
@@ -82,7 +82,7 @@ class CheckpointStore:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"can't make the folder {target.parent}: {error.strerror}") from error
-        path = temporary_path(target, self._generation)
+        path = temporary_path(target, self.generation)
         return Staged(self.root, name, path, fence=self._fence, disk=self._disk)
 
     def join(self, name: str, path: Path) -> Staged:
@@ -144,7 +144,7 @@ class CheckpointStore:
 
     def link_last(self, name: str, link: str = "last.ckpt") -> None:
         """Point the symlink `link` at a checkpoint, by rename."""
-        temporary = self.root / f".{link}{TEMPORARY}{self._generation}-{secrets.token_hex(4)}"
+        temporary = self.root / f".{link}{TEMPORARY}{self.generation}-{secrets.token_hex(4)}"
         os.symlink(name, temporary)
         self._disk.rename(temporary, self.root / link)
 
@@ -153,7 +153,7 @@ class CheckpointStore:
         swept = []
         for entry in self._entries():
             marked = entry.startswith(".") and (TEMPORARY in entry or DELETING in entry)
-            if marked and _generation_of(entry) < self._generation:
+            if marked and _generation_of(entry) < self.generation:
                 remove_tree(self.root / entry, self._disk)
                 swept.append(entry)
         return swept

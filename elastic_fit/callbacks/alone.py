@@ -1,0 +1,58 @@
+"""In the agent's place, where there is no launcher: a thread that spreads a stop over the process group's store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks.latch import Latch
+from elastic_fit.callbacks.notice import NOTICES
+from elastic_fit.supervisor.agreement import STOP_KEY
+from elastic_fit.supervisor.board import NOTICED, Board, StopMode, Word
+
+log = logging.getLogger("elastic_fit")
+
+LOOK_S = 0.1
+"""Pause between two looks."""
+WANTED_KEY = f"{STOP_KEY}/wanted"
+
+
+def begin() -> tuple[Board, Latch]:
+    """Make a board and a latch of this process's own, and start the thread that answers on the board."""
+    board, descriptor = Board.anonymous()
+    os.close(descriptor)
+    thread = threading.Thread(target=_answer, args=(board, threading.Event()), name="elastic-fit-stop", daemon=True)
+    thread.start()
+    return board, Latch(board)
+
+
+def _answer(board: Board, pause: threading.Event) -> None:
+    """Wait for a request, here or on another rank, and put it up where the training loop reads it."""
+    store: _lightning.Store | None = None
+    while not pause.wait(LOOK_S):
+        why = _wanted_here(board)
+        try:
+            store = store or _lightning.own_connection()
+            if store is not None and why:
+                store.set(WANTED_KEY, why)
+            elif store is not None and store.check([WANTED_KEY]):
+                why = "another rank was asked"
+        except RuntimeError:
+            store = None  # the process group has ended; there may be another one
+        if why:
+            log.info("elastic-fit: stopping (%s)", why)
+            board.ask(1, StopMode.SAVE)
+            return
+
+
+def _wanted_here(board: Board) -> str | None:
+    number = board[Word.SIGNALLED]
+    if number:
+        return signal.Signals(number).name
+    why = NOTICES.look() if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    if why:
+        board.ask_back(NOTICED)
+    return why

@@ -1,0 +1,169 @@
+"""Where this node hears that the job is to stop: signals, its workers, files, and what `elastic-fit stop` leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from elastic_fit.supervisor.board import NOTICED, Board, Word
+from elastic_fit.supervisor.stop import StopRequest
+
+LOOK_S = 0.5
+"""Pause between two looks at the files."""
+
+
+class Latch(Protocol):
+    """Signals that have arrived, to be looked at when the loop gets to it."""
+
+    def fileno(self) -> int:
+        """Readable when a signal is waiting."""
+
+    def take(self) -> list[int]:
+        """The signals since the last call, oldest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What ``elastic-fit stop`` leaves in the run folder for the launchers."""
+
+    id: str
+    by: str
+    """Who asks, in words."""
+    save: bool = True
+
+    @classmethod
+    def by_this_user(cls, *, save: bool) -> Order:
+        """An order of the caller's."""
+        user = os.environ.get("USER") or str(os.getuid())
+        return cls(id=secrets.token_hex(4), by=f"elastic-fit stop by {user}@{socket.gethostname()}", save=save)
+
+    def leave(self, path: Path) -> None:
+        """Put it where the launchers look; replaces one that is there."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{self.id}")
+        temporary.write_text(json.dumps(asdict(self)))
+        os.rename(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        """What is there; a file that somebody has made by hand is an order to save and stop."""
+        text = path.read_text()
+        try:
+            record = json.loads(text)
+            return cls(id=str(record["id"]), by=str(record["by"]), save=bool(record["save"]))
+        except (ValueError, KeyError, TypeError):
+            return cls(id="", by=f"the file {path}")
+
+
+class Ears:
+    """All that may ask this node to stop.
+
+    Args:
+        latch: signals to the launcher.
+        grace_s: how long a stop may take.
+        order: where ``elastic-fit stop`` leaves its order. One that is there already was meant for an earlier start.
+        file: a file whose appearance asks to stop (``--stop-file``).
+        now_ns: CLOCK_MONOTONIC.
+    """
+
+    def __init__(
+        self,
+        latch: Latch,
+        grace_s: float,
+        *,
+        order: Path | None = None,
+        file: Path | None = None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._latch = latch
+        self._grace_s = grace_s
+        self._order = order
+        self._file = file
+        self._now_ns = now_ns
+        self._looked_ns = now_ns() - int(LOOK_S * 1e9)
+        self._old_order = _identity(order)
+        self._told: set[Path] = set()
+
+    def fileno(self) -> int:
+        """Readable when a signal is waiting. Boards and files have to be looked at from time to time."""
+        return self._latch.fileno()
+
+    def hear(self, boards: Sequence[tuple[int, Board]] = ()) -> list[StopRequest]:
+        """The requests since the last call; `boards` are the running workers', by rank."""
+        return [*self._signals(), *self._workers(boards), *self._files()]
+
+    def forget(self) -> None:
+        """The run has ended: take the order away, so that it doesn't stop the next one."""
+        if self._order is not None and _identity(self._order) != self._old_order:
+            with contextlib.suppress(OSError):
+                self._order.unlink()
+
+    def _signals(self) -> Iterator[StopRequest]:
+        for number in self._latch.take():
+            yield StopRequest(
+                source="signal",
+                reason=signal.Signals(number).name,
+                asked_ns=self._now_ns(),
+                grace_s=self._grace_s,
+                signal=number,
+            )
+
+    def _workers(self, boards: Sequence[tuple[int, Board]]) -> Iterator[StopRequest]:
+        for rank, board in boards:
+            number = board[Word.SIGNALLED]
+            if not number or board.request:
+                continue  # what came after the request changes nothing
+            is_notice = number == NOTICED
+            yield StopRequest(
+                source="notice" if is_notice else "worker",
+                reason="a notice" if is_notice else signal.Signals(number).name,
+                asked_ns=board[Word.SIGNALLED_NS],
+                grace_s=self._grace_s,
+                signal=0 if is_notice else number,
+                rank=rank,
+            )
+
+    def _files(self) -> Iterator[StopRequest]:
+        now = self._now_ns()
+        if now - self._looked_ns < LOOK_S * 1e9:
+            return
+        self._looked_ns = now
+        if (
+            self._order is not None
+            and self._order not in self._told
+            and _identity(self._order)
+            not in (
+                None,
+                self._old_order,
+            )
+        ):
+            self._told.add(self._order)
+            order = Order.read(self._order)
+            yield self._from("command", order.by, save=order.save, id_=order.id)
+        if self._file is not None and self._file not in self._told and self._file.exists():
+            self._told.add(self._file)
+            yield self._from("file", f"the file {self._file}")
+
+    def _from(self, source: str, reason: str, *, save: bool = True, id_: str = "") -> StopRequest:
+        return StopRequest(
+            source=source, reason=reason, asked_ns=self._now_ns(), grace_s=self._grace_s, save=save, id=id_
+        )
+
+
+def _identity(path: Path | None) -> tuple[int, int] | None:
+    """Which file is there, or None."""
+    if path is None:
+        return None
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

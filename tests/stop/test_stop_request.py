@@ -1,0 +1,130 @@
+"""What a request to stop means, and when a save is worth its time."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.callbacks.notice import Notices
+from elastic_fit.launch.stopping import Ears, Order
+from elastic_fit.supervisor.board import NOTICED, Board, StopMode, Word
+from elastic_fit.supervisor.exits import Exit
+from elastic_fit.supervisor.stop import Answer, StopRequest, answer, weigh
+from tests.agent.harness import ScriptedLatch
+
+
+def request(source: str = "signal", number: int = signal.SIGTERM) -> StopRequest:
+    return StopRequest(source=source, reason="x", asked_ns=5_000_000_000, grace_s=30.0, signal=number)
+
+
+def test_the_same_signal_again_does_not_restart_the_grace() -> None:
+    assert answer(None, request()) is Answer.BEGIN
+    assert answer(request(), request()) is Answer.KEEP
+
+
+def test_only_a_second_interrupt_of_a_person_means_at_once() -> None:
+    interrupt = request(number=signal.SIGINT)
+    assert answer(interrupt, interrupt) is Answer.AT_ONCE
+    assert answer(request(), interrupt) is Answer.KEEP
+    assert answer(interrupt, request("worker", signal.SIGINT)) is Answer.KEEP
+
+
+def test_another_node_gets_what_is_left_of_the_grace_on_its_own_clock() -> None:
+    note = request(number=signal.SIGINT).note(now_ns=15_000_000_000)
+    there = StopRequest.from_note(note, now_ns=1_000, grace_s=99.0)
+    assert there.deadline_ns == 1_000 + 20_000_000_000
+    assert (there.save, there.unsaved) == (True, Exit.INTERRUPTED)
+
+
+def choose(**changed: object) -> tuple[bool, str]:
+    case = {"wanted": True, "left_s": 30.0, "predicted_s": 2.0, "step": 50, "saved_step": 40, "began_step": 0}
+    choice = weigh(**{**case, **changed})  # type: ignore[arg-type]
+    return choice.save, choice.why
+
+
+@pytest.mark.parametrize(
+    ("changed", "saves", "why"),
+    [
+        ({}, True, "30.0 s are left"),
+        ({"predicted_s": 29.0}, False, "the checkpoint of step 40 stays the newest"),
+        ({"predicted_s": 29.0, "saved_step": 0}, True, "nothing new was saved since the start"),
+        ({"predicted_s": 29.0, "saved_step": 40, "began_step": 40}, True, "nothing new was saved since the start"),
+        ({"predicted_s": None, "left_s": 0.1}, True, "no save was measured yet"),
+        ({"left_s": None}, True, "no deadline"),
+        ({"wanted": False}, False, "without a save"),
+        ({"saved_step": 50}, False, "step 50 is saved already"),
+        ({"step": 0, "saved_step": 0}, False, "nothing was trained"),
+    ],
+)
+def test_a_save_that_cannot_end_in_time_is_not_started_unless_nothing_else_is_there(
+    changed: dict[str, object], saves: bool, why: str
+) -> None:
+    saved, said = choose(**changed)
+    assert saved is saves
+    assert why in said
+
+
+def ears(folder: Path, **extra: object) -> Ears:
+    times = iter(range(0, 1_000_000_000_000, 1_000_000_000))
+    return Ears(ScriptedLatch(), 30.0, order=folder / "stop", now_ns=lambda: next(times), **extra)  # type: ignore[arg-type]
+
+
+def test_an_order_left_for_an_earlier_start_stops_nothing_and_a_new_one_is_heard_once(tmp_path: Path) -> None:
+    Order.by_this_user(save=True).leave(tmp_path / "stop")
+    listening = ears(tmp_path)
+    assert listening.hear() == []
+    order = Order.by_this_user(save=False)
+    order.leave(tmp_path / "stop")
+    (heard,) = listening.hear()
+    assert (heard.source, heard.save, heard.id) == ("command", False, order.id)
+    assert listening.hear() == []
+    listening.forget()
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_file_made_by_hand_is_an_order_to_save(tmp_path: Path) -> None:
+    listening = ears(tmp_path, file=tmp_path / "spot")
+    (tmp_path / "stop").write_text("")
+    (tmp_path / "spot").write_text("")
+    assert [(one.source, one.save) for one in listening.hear()] == [("command", True), ("file", True)]
+
+
+def test_a_signalled_worker_counts_from_its_signal_and_only_before_there_is_a_request(tmp_path: Path) -> None:
+    board = Board.create(tmp_path / "board")
+    listening = ears(tmp_path)
+    assert listening.hear([(3, board)]) == []
+    board.ask_back(signal.SIGUSR1)
+    (heard,) = listening.hear([(3, board)])
+    assert (heard.source, heard.reason, heard.rank) == ("worker", "SIGUSR1", 3)
+    assert heard.asked_ns == board[Word.SIGNALLED_NS]
+    board.ask(1, StopMode.SAVE)
+    assert listening.hear([(3, board)]) == []
+
+
+def test_a_notice_of_a_worker_is_told_as_one(tmp_path: Path) -> None:
+    board = Board.create(tmp_path / "board")
+    board.ask_back(NOTICED)
+    (heard,) = ears(tmp_path).hear([(0, board)])
+    assert (heard.source, heard.signal) == ("notice", 0)
+
+
+def test_a_notice_that_raises_is_asked_again_when_it_is_due() -> None:
+    now = [0.0]
+    notices = Notices(clock=lambda: now[0])
+    answers = iter([OSError("no route"), None, "the machine goes at noon"])
+
+    def check() -> object:
+        said = next(answers)
+        if isinstance(said, OSError):
+            raise said
+        return said
+
+    notices.add(check, every_s=5.0)
+    assert notices.look() is None
+    assert notices.look() is None  # not due: `check` isn't called
+    now[0] = 5.0
+    assert notices.look() is None
+    now[0] = 10.0
+    assert notices.look() == "the machine goes at noon"

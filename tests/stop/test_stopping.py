@@ -1,0 +1,308 @@
+"""A run is told to stop, by whomever, wherever it is: it saves once, on one step, and says so by its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.launching import Elastic, Outcome
+
+EVERY_STEP_ONCE = [str(step) for step in range(1, 17)]
+
+TELL = f"""
+def to_launcher(number=signal.SIGTERM):
+    return lambda: os.kill({os.getpid()}, number)
+
+def to_me(number=signal.SIGTERM):
+    return lambda: os.kill(os.getpid(), number)
+
+class Validated(Model):
+    def validation_step(self, batch, batch_idx):
+        note("validated", f"{{self.trainer.global_step}}.{{batch_idx}}.{{RANK}}")
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(12, 4)), batch_size=2)
+
+class AtBatch(pl.Callback):
+    def __init__(self, hook, batch, act, rank=0, step=None):
+        self.batch, self.act, self.rank, self.step = batch, act, rank, step
+        setattr(self, hook, self.look)
+    def look(self, trainer, module, outputs, batch, batch_idx, *_):
+        is_there = trainer.global_step == self.step if self.step is not None else not trainer.sanity_checking
+        if ATTEMPT == 0 and batch_idx == self.batch and is_there and RANK == self.rank:
+            self.act()
+"""
+
+
+def decision(outcome: Outcome) -> object:
+    decisions = outcome.events("stop_decision")
+    assert len(decisions) == 1
+    return decisions[0]
+
+
+def goes_on(elastic: Elastic, first: Outcome, body: str = "trainer().fit(Model())\n") -> None:
+    assert first.code == 75, first.said + first.output()
+    second = elastic(TELL + body)
+    assert second.code == 0
+    assert second.notes("trained") == EVERY_STEP_ONCE
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_each_signal_to_the_launcher_saves_and_stops(elastic: Elastic, number: str) -> None:
+    first = elastic(TELL + f"trainer(At(5, to_launcher(signal.{number}), rank=0)).fit(Model())\n")
+    asked = first.events("stop_requested")
+    assert [(one["source"], one["reason"]) for one in asked] == [("signal", number)]
+    assert first.events("save")[-1]["kind"] == "stop"
+    goes_on(elastic, first)
+
+
+@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", 0), ("SIGTERM", 1), ("SIGUSR1", 1), ("SIGINT", 0)])
+def test_a_signal_to_one_worker_stops_all_of_them_together(elastic: Elastic, number: str, rank: int) -> None:
+    first = elastic(TELL + f"trainer(At(5, to_me(signal.{number}), rank={rank}), max_epochs=2000).fit(Model())\n")
+    (asked,) = first.events("stop_requested")
+    assert (asked["source"], asked["reason"], asked["rank"]) == ("worker", number, rank)
+    assert first.code == 75
+    codes = [one["code"] for one in first.events("worker_exit")]
+    assert codes == [75, 75]
+    assert decision(first)["step"] == first.steps()[-1]
+
+
+def test_all_workers_signalled_at_once_save_once(elastic: Elastic) -> None:
+    first = elastic(TELL + "trainer(At(5, to_me()), max_epochs=2000).fit(Model())\n")
+    assert first.code == 75
+    assert len(first.events("stop_requested")) == 1
+    assert [one["kind"] for one in first.events("save") if one["kind"] == "stop"] == ["stop"]
+
+
+def test_a_second_signal_changes_nothing(elastic: Elastic) -> None:
+    both = "lambda: (to_launcher()(), to_launcher(signal.SIGUSR1)(), to_me()())"
+    first = elastic(TELL + f"trainer(At(5, {both}, rank=0)).fit(Model())\n")
+    assert len(first.events("stop_requested")) == 1
+    goes_on(elastic, first)
+
+
+LONG_VALIDATION = """
+pl.seed_everything(7)
+class Long(Validated):
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.3)
+    def training_step(self, batch, batch_idx):
+        return self.layer(self.drop(batch[0])).square().mean()
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(128.0).reshape(32, 4) / 100), batch_size=2, shuffle=True)
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(1200, 4)), batch_size=2, shuffle=True)
+    def on_fit_end(self):
+        note("parameters", [p.tolist() for p in self.parameters()].__repr__().replace(" ", ""))
+"""
+
+
+@pytest.mark.parametrize(("interval", "step"), [(1.0, 8), (0.5, 12)])
+def test_a_run_stopped_in_the_middle_of_a_validation_validates_anew_and_is_the_same_run(
+    elastic: Elastic, interval: float, step: int
+) -> None:
+    script = TELL + LONG_VALIDATION
+    fit = f"trainer(CALLBACKval_check_interval={interval}).fit(Long())\n"
+    at = f"AtBatch('on_validation_batch_end', 1, to_launcher(), step={step}), "
+    first = elastic(script + fit.replace("CALLBACK", at))
+    assert first.code == 75
+    assert decision(first)["step"] == step
+    assert first.steps()[-1] == step
+    second = elastic(script + fit.replace("CALLBACK", ""))
+    assert second.code == 0
+    assert second.notes("trained") == EVERY_STEP_ONCE
+    validated = [note for note in second.notes("validated") if note.startswith(f"{step}.") and note.endswith(".0")]
+    whole = [f"{step}.{batch}.0" for batch in range(300)]
+    interrupted = validated[: -len(whole)]
+    assert validated[-len(whole) :] == whole
+    assert 0 < len(interrupted) < len(whole)
+    undisturbed = elastic(script + fit.replace("CALLBACK", ""), "--fresh")
+    again, straight = (undisturbed.notes("parameters")[at : at + 2] for at in (0, 2))
+    assert again == straight
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_a_stop_in_a_test_after_the_training_says_that_all_is_saved(elastic: Elastic, stage: str) -> None:
+    body = f"""
+    class Long(Model):
+        def {stage}_dataloader(self):
+            return DataLoader(TensorDataset(torch.randn(40000, 4)), batch_size=2)
+        def predict_step(self, batch, batch_idx):
+            pass
+        def test_step(self, batch, batch_idx):
+            pass
+    t = trainer(AtBatch('on_{stage}_batch_end', 3, to_launcher(), step=8), max_epochs=1)
+    m = Long()
+    t.fit(m)
+    t.{stage}(m)
+    note("ended", "yes")
+    """
+    first = elastic(TELL + textwrap.dedent(body))
+    assert first.code == 75
+    assert first.notes("ended") == []
+    assert decision(first)["save"] is False
+
+
+def test_a_stop_in_the_sanity_check_of_a_new_run_has_nothing_to_save(elastic: Elastic) -> None:
+    body = "trainer(AtBatch('on_validation_batch_end', 0, to_launcher(), step=0), num_sanity_val_steps=2000, "
+    body += "limit_val_batches=2000).fit(Long())\n"
+    long = """
+class Long(Validated):
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8000, 4)), batch_size=2)
+"""
+    first = elastic(TELL + long + body)
+    assert first.code == 143
+    assert decision(first)["why"] == "nothing was trained"
+    assert first.steps() == []
+
+
+def test_never_in_the_middle_of_an_accumulation(elastic: Elastic) -> None:
+    first = elastic(
+        TELL + "trainer(AtBatch('on_train_batch_end', 1, to_launcher()), accumulate_grad_batches=4).fit(Model())\n"
+    )
+    assert first.code == 75
+    assert decision(first)["half_accumulated"] == 0
+    second = elastic(TELL + "trainer(accumulate_grad_batches=4).fit(Model())\n")
+    assert second.code == 0
+    assert second.notes("trained")[-1] == "4"
+    assert len(second.notes("trained")) == 16
+
+
+def test_where_an_accumulation_outlasts_the_grace_the_step_before_it_is_saved(elastic: Elastic) -> None:
+    body = """
+import time
+class Slow(Model):
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.04)
+        return super().training_step(batch, batch_idx)
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(400, 4)), batch_size=2)
+trainer(AtBatch('on_train_batch_end', 51, to_launcher()), accumulate_grad_batches=50, max_epochs=1).fit(Slow())
+"""
+    first = elastic(TELL + body, "--grace", "1.2s")
+    assert first.code == 75
+    made = decision(first)
+    assert made["step"] == 1
+    assert 0 < made["half_accumulated"] < 50
+    assert first.steps() == [1]
+
+
+def test_no_save_is_started_that_cannot_end_in_time(elastic: Elastic) -> None:
+    body = """
+import time
+from elastic_fit.supervisor.store import Staged
+def slow(self, facts, commit=Staged.commit, **rest):
+    time.sleep(1.0)
+    return commit(self, facts, **rest)
+Staged.commit = slow
+trainer(At(5, to_launcher(), rank=0)).fit(Model())
+"""
+    first = elastic(TELL + body, "--checkpoint-steps", "4", "--grace", "1s")
+    assert first.code == 143
+    made = decision(first)
+    assert made["save"] is False
+    assert "the checkpoint of step 4 stays the newest" in made["why"]
+    assert 0 < made["left_s"] <= 1
+    assert made["predicted_s"] >= 1
+    assert first.steps() == [4]
+
+
+def test_a_straggler_is_killed_at_the_deadline_and_its_stack_is_in_its_log(elastic: Elastic) -> None:
+    body = """
+import time
+def sleep_for_long():
+    time.sleep(60)
+class Stuck(Model):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5 and RANK == 1:
+            to_launcher()()
+            sleep_for_long()
+        return super().training_step(batch, batch_idx)
+trainer().fit(Stuck())
+"""
+    first = elastic(TELL + body, "--grace", "1s")
+    assert first.code == 143
+    assert sorted(first.events("stragglers")[0]["ranks"]) == [0, 1]
+    assert "in sleep_for_long" in first.output()
+
+
+def test_a_frozen_rank_does_not_hold_the_run_beyond_its_grace(elastic: Elastic) -> None:
+    body = "lambda: (to_launcher()(), os.kill(os.getpid(), signal.SIGSTOP))"
+    first = elastic(TELL + f"trainer(At(5, {body}, rank=1)).fit(Model())\n", "--grace", "1s")
+    assert first.code == 143
+    took = first.events("stopped")[0].t - first.events("stop_requested")[0].t
+    assert took < 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stop_during_the_imports_of_one_rank_ends_at_once(elastic: Elastic, rank: int) -> None:
+    body = f"if RANK == {rank}:\n    import time; to_launcher()(); time.sleep(60)\ntrainer().fit(Model())\n"
+    first = elastic(TELL + body)
+    assert first.code == 143
+    took = first.events("stopped")[0].t - first.events("stop_requested")[0].t
+    assert took < 5
+
+
+def test_a_signal_to_one_worker_during_its_imports_stops_the_run_and_restarts_nothing(elastic: Elastic) -> None:
+    first = elastic(TELL + "if RANK == 1:\n    import time; to_me()(); time.sleep(60)\ntrainer().fit(Model())\n")
+    assert first.code == 143
+    assert len(first.events("workers_started")) == 1
+
+
+def test_a_stop_when_training_is_over_lets_it_finish(elastic: Elastic) -> None:
+    first = elastic(TELL + "trainer().fit(Model())\nif RANK == 0: to_launcher()()\n")
+    assert first.code == 0
+
+
+def test_dataloader_workers_do_not_get_in_the_way_of_a_stop(elastic: Elastic) -> None:
+    loader = """
+class Loaded(Model):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(32, 4)), batch_size=2, num_workers=2)
+"""
+    first = elastic(TELL + loader + "trainer(At(5, to_launcher(), rank=0)).fit(Loaded())\n")
+    assert first.code == 75
+    second = elastic(TELL + loader + "trainer().fit(Loaded())\n")
+    assert second.code == 0
+    assert second.notes("trained") == EVERY_STEP_ONCE
+
+
+def test_a_file_and_a_callable_stop_it_as_well(elastic: Elastic, tmp_path: Path) -> None:
+    touch = f"lambda: Path({str(tmp_path / 'spot')!r}).touch()"
+    first = elastic(
+        TELL + f"trainer(At(5, {touch}, rank=0), max_epochs=2000).fit(Model())\n", "--stop-file", str(tmp_path / "spot")
+    )
+    assert (first.code, first.events("stop_requested")[0]["source"]) == (75, "file")
+    notice = "elastic_fit.on_stop_notice(lambda: 'reclaimed at noon', every_s=0.1)"
+    second = elastic(TELL + f"import elastic_fit\n{notice}\ntrainer(max_epochs=2000).fit(Model())\n", "--fresh")
+    assert second.code in (75, 143)
+    assert second.events("stop_requested")[0]["source"] == "notice"
+    assert "reclaimed at noon" in second.output()
+
+
+COMMAND = f"lambda: __import__('subprocess').Popen([{sys.executable!r}, '-m', 'elastic_fit', 'stop', %s])"
+
+
+@pytest.mark.parametrize("flag", ["--save", "--no-save"])
+def test_the_command_stops_a_run_and_says_what_happened(elastic: Elastic, tmp_path: Path, flag: str) -> None:
+    arguments = f"{str(tmp_path / 'run')!r}, {flag!r}, '--wait'"
+    command = (COMMAND % arguments).replace("])", "], start_new_session=True)")
+    first = elastic(TELL + f"trainer(At(5, {command}, rank=0), max_epochs=20000).fit(Model())\n")
+    assert first.code == (75 if flag == "--save" else 143)
+    asked = first.events("stop_requested")[0]
+    assert (asked["source"], asked["save"]) == ("command", flag == "--save")
+    assert not (tmp_path / "run" / "stop").exists()
+
+
+def test_the_command_says_when_nothing_runs(tmp_path: Path, elastic: Elastic, capsys: pytest.CaptureFixture) -> None:
+    from elastic_fit.launch.cli import main
+
+    outcome = elastic("trainer(max_epochs=1).fit(Model())\n", workers=1)
+    assert main(["stop", str(outcome.run)]) == 1
+    assert "nothing runs there" in capsys.readouterr().out
+    assert main(["stop", str(tmp_path)]) == 2
