@@ -15,7 +15,7 @@ from elastic_fit.launch.contact import Contact
 from elastic_fit.launch.links import Links
 from elastic_fit.supervisor.membership import Fence, Move, Propose, Release, Wait, contacts, decide, next_round, release
 from elastic_fit.supervisor.pulse import ListeningClock
-from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, refusal
+from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, is_earlier_start, refusal
 from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
 
 LONGEST_GAP_S = 1.0
@@ -245,6 +245,8 @@ class Keeper:
             why = refusal(known.profile.traits, self.me.traits)
             if why is not None:
                 self.told[node] = why
+                if is_earlier_start(self.me.traits, known.profile.traits):
+                    continue  # it is about to take this job over
                 self._links.refuse(node, f"{self.me.name} refused {known.profile.name}: {why}")
 
     def _say(self, now: float) -> None:

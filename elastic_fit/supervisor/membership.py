@@ -86,7 +86,7 @@ def decide(view: View) -> Move:
         if roster.version > view.born_version:
             return End()
         return Propose(roster=_opening(view, roster.version + 1, roster.round + 1, roster.generation))
-    if is_earlier_start(roster, view.me.traits):
+    if roster.leading is not None and is_earlier_start(roster.leading.traits, view.me.traits):
         return Propose(roster=_opening(view, roster.version + 1, roster.round + 1, roster.generation))
     if roster.phase is Phase.GATHERING:
         return _gather(view, roster)

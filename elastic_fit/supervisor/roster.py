@@ -185,12 +185,9 @@ def refusal(newcomer: Mapping[str, str], job: Mapping[str, str]) -> str | None:
     return None
 
 
-def is_earlier_start(roster: Roster, traits: Mapping[str, str]) -> bool:
-    """Whether the roster is that of an earlier start of the same job: its nodes are to end, wherever they still run."""
-    theirs = roster.leading.traits if roster.leading is not None else {}
-    if "job" not in traits or theirs.get("job") != traits["job"]:
-        return False
-    return int(theirs.get("start", 0)) < int(traits["start"])
+def is_earlier_start(theirs: Mapping[str, str], mine: Mapping[str, str]) -> bool:
+    """Whether they are of an earlier start of the same job: they are to end, wherever they still run."""
+    return "job" in mine and theirs.get("job") == mine["job"] and int(theirs.get("start", 0)) < int(mine["start"])
 
 
 PUT_OFF_FIRST_S = 5.0
