@@ -37,7 +37,7 @@ BOARD_DESCRIPTOR = 150
 WARM_MODULES = ("torch", "torch.distributed", "lightning.pytorch", "elastic_fit.callbacks.adaptation")
 STORAGE_MODULES = ("s3fs", "gcsfs", "adlfs")
 """What Lightning imports in each worker, where it is installed, to see what kind of storage a folder lies on."""
-_QUIET_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+QUIET_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +64,9 @@ class Server:
 
     def serve(self) -> Job | None:
         """Answer the agent until it goes away."""
-        for quiet in _QUIET_SIGNALS:
+        for quiet in QUIET_SIGNALS:
             signal.signal(quiet, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET_SIGNALS)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
         self._send({"event": "ready", "pid": self._pid})
@@ -129,7 +130,7 @@ class Server:
         watch.die_with_parent(self._pid)
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for reset in (*_QUIET_SIGNALS, signal.SIGCHLD):
+        for reset in (*QUIET_SIGNALS, signal.SIGCHLD):
             signal.signal(reset, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for descriptor in (self._wake_r, self._wake_w):

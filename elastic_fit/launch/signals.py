@@ -9,9 +9,18 @@ from typing import Any
 
 from elastic_fit.supervisor.stop import STOP_SIGNALS
 
+HELD = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
+
+
+def hold_signals() -> None:
+    """Have stop signals wait until a `SignalLatch` is there to take them: whoever is told to stop while it still
+    imports things stops in good order a moment later. Ctrl-C is let through.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
 
 class SignalLatch:
-    """Collects stop signals while it is entered, and wakes whoever selects on it.
+    """Collects stop signals while it is entered, and wakes whoever selects on it. Takes those that were held.
 
     A handler does nothing but append and write one byte, so it can't interrupt anything half-way. Use from the main
     thread; the handlers that were there before come back at the end.
@@ -27,6 +36,7 @@ class SignalLatch:
     def __enter__(self) -> SignalLatch:
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._latch)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_fit.launch.nursery import MESSAGE_BYTES
+from elastic_fit.launch.nursery import MESSAGE_BYTES, QUIET_SIGNALS
 from elastic_fit.supervisor import watch
 from elastic_fit.supervisor.errors import ElasticFitError
 
@@ -58,9 +59,14 @@ class Nursery:
         for end in (mine, its):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
         command = [sys.executable, "-u", "-m", "elastic_fit.launch.nursery", str(its.fileno())]
-        self._process = subprocess.Popen(
-            [*command, "warm" if self.warm else "cold"], pass_fds=(its.fileno(),), stdin=subprocess.DEVNULL
-        )
+        # A scheduler signals every process of a job, this one too; until it can ignore that it has the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, QUIET_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [*command, "warm" if self.warm else "cold"], pass_fds=(its.fileno(),), stdin=subprocess.DEVNULL
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         its.close()
         self._channel = mine
         self._is_ready = False

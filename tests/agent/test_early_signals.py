@@ -1,0 +1,52 @@
+"""A launcher that is told to stop while it is still starting ends in good order, and says what it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from elastic_fit.launch.nursery import QUIET_SIGNALS
+from elastic_fit.launch.workers import Nursery
+
+COMMAND = str(Path(sys.executable).with_name("elastic-fit"))
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_signal_to_every_process_of_a_launcher_that_still_imports_ends_it_in_good_order(
+    tmp_path: Path, nodes: str
+) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('nothing was to be started any more')")
+    launcher = subprocess.Popen(
+        [COMMAND, "--nnodes", nodes, "train.py"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    process = psutil.Process(launcher.pid)
+    while not process.children():
+        time.sleep(0.01)
+    os.killpg(launcher.pid, signal.SIGUSR1)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, said
+    assert "SIGUSR1: saving and stopping" in said
+    assert "nothing was to be started" not in said
+
+
+@pytest.mark.parametrize("number", QUIET_SIGNALS)
+def test_nursery_outlives_any_signal_from_its_first_moment_on(number: int) -> None:
+    nursery = Nursery(warm=False)
+    try:
+        os.kill(nursery._process.pid, number)
+        nursery.ready()
+        os.kill(nursery._process.pid, number)
+        assert nursery._process.poll() is None
+    finally:
+        nursery.close()
