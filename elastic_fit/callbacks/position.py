@@ -8,7 +8,7 @@ import zlib
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from elastic_fit.callbacks import _lightning, session
@@ -101,7 +101,7 @@ class DataPosition(pl.Callback):
         order = order_of(loader.sampler, self.seed)
         sampler = ElasticSampler(
             loader.dataset,  # type: ignore[arg-type]
-            shuffle=shuffle,
+            shuffle=shuffle and is_shuffled(loader, self._trainer),
             seed=self.seed,
             num_replicas=self._trainer.world_size,
             rank=self._trainer.global_rank,
@@ -146,6 +146,15 @@ def companions(trainer: pl.Trainer, *, strict: bool = False, reproducible: bool 
         RestartedEpoch(),
     ]
     return [one for one in wanted if not any(type(one) is type(other) for other in there)]
+
+
+def is_shuffled(loader: DataLoader[Any], trainer: pl.Trainer) -> bool:
+    """Whether an epoch's order is random: where several ranks may take part, always, as with Lightning's own sampler.
+
+    A process that is alone, and stays it, keeps the order that the loader has.
+    """
+    is_alone = trainer.world_size == 1 and session.current() is None
+    return not is_alone or isinstance(loader.sampler, RandomSampler)
 
 
 def why_not(loader: DataLoader[Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from elastic_fit import ElasticCheckpoint, latest_valid, verify
-from tests.checkpoint.models import Line, Validated, names, trainer
+from tests.checkpoint.models import At, Line, Validated, fall_over, names, trainer
 
 
 def load(path: Path | str) -> dict:
@@ -31,6 +33,51 @@ def test_any_logged_value_can_be_monitored(tmp_path: Path) -> None:
     checkpoint = ElasticCheckpoint(dirpath=tmp_path, monitor="train_loss")
     trainer(tmp_path, checkpoint, max_epochs=3).fit(Line())
     assert names(tmp_path) == ["epoch=2-step=24.ckpt"]
+
+
+# every argument and attribute
+
+SETTINGS = {
+    "nothing": {},
+    "best two": {"monitor": "val_loss", "save_top_k": 2},
+    "worst": {"monitor": "val_loss", "mode": "max", "filename": "{epoch:02d}-{val_loss:.3f}"},
+    "every third step": {"every_n_train_steps": 3, "save_top_k": -1},
+    "every other epoch": {"every_n_epochs": 2, "save_top_k": -1, "save_on_train_epoch_end": True},
+    "none but the last": {"save_top_k": 0, "save_last": True},
+    "a link to the last": {"save_last": "link", "every_n_train_steps": 5},
+    "weights": {"save_weights_only": True, "monitor": "train_loss", "auto_insert_metric_name": False},
+    "before validation": {"monitor": "train_loss", "save_on_train_epoch_end": True, "enable_version_counter": False},
+    "after an exception": {"save_on_exception": True, "verbose": True},
+}
+ATTRIBUTES = ("best_model_score", "best_k_models", "kth_value", "current_score", "monitor", "mode", "save_top_k")
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_argument_means_what_it_means_to_model_checkpoint(tmp_path: Path, name: str) -> None:
+    seen = []
+    for kind in (ModelCheckpoint, ElasticCheckpoint):
+        folder = tmp_path / kind.__name__
+        torch.manual_seed(0)
+        checkpoint = kind(dirpath=folder, **SETTINGS[name])
+        stumble = [At(20, fall_over)] if "exception" in name else []
+        with pytest.raises(RuntimeError) if stumble else contextlib.nullcontext():
+            trainer(tmp_path, checkpoint, *stumble, max_epochs=3).fit(Validated())
+        plain = {attribute: getattr(checkpoint, attribute) for attribute in ATTRIBUTES}
+        plain["best_k_models"] = {Path(path).name: score for path, score in checkpoint.best_k_models.items()}
+        paths = {attribute: Path(getattr(checkpoint, attribute)).name for attribute in PATHS}
+        kinds = {path.name: path.is_symlink() for path in folder.glob("*.ckpt")}
+        seen.append((plain, paths, kinds))
+    assert seen[0] == seen[1]
+    assert seen[0][2]
+
+
+def test_no_argument_or_attribute_of_model_checkpoint_is_missing() -> None:
+    theirs, ours = (inspect.signature(kind.__init__).parameters for kind in (ModelCheckpoint, ElasticCheckpoint))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert {name: ours[name].default for name in theirs} == {name: one.default for name, one in theirs.items()}
+    stock, elastic = vars(ModelCheckpoint()), vars(ElasticCheckpoint())
+    assert {name: elastic[name] for name in stock} == stock
 
 
 # when

@@ -91,8 +91,20 @@ def test_mistakes_are_one_line_and_a_hint(name: str, tmp_path: Path, capfd: pyte
 
 
 def test_listing_imports_neither_torch_nor_lightning(run: RunDir) -> None:
+    for argv in (["ls", str(run.root), "--json"], ["verify", "--deep", str(run.root)]):
+        assert modules_behind(*argv).isdisjoint({"torch", "lightning", "rich"})
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "run"])
+def test_no_small_command_waits_for_torch_to_say_what_it_does(name: str) -> None:
+    assert modules_behind(name, "--help").isdisjoint({"torch", "lightning"})
+
+
+def modules_behind(*argv: str) -> set[str]:
+    """The top-level packages that a command has imported when it ends."""
     code = (
-        "import sys; from elastic_fit.launch import cli; cli.main(['ls', sys.argv[1], '--json']); "
-        "sys.exit(any(name.split('.')[0] in ('torch', 'lightning', 'rich') for name in sys.modules))"
+        "import atexit, sys; from elastic_fit.launch import cli; "
+        "atexit.register(lambda: print('', *{name.split('.')[0] for name in sys.modules})); cli.main(sys.argv[1:])"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(run.root)], stdout=subprocess.DEVNULL).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True)
+    return set(done.stdout.splitlines()[-1].split())
