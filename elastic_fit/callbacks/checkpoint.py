@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.position import companions
@@ -138,7 +138,10 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._seals = Seals.of(trainer)
         self._seals.finite_check = self.finite_check
         if "://" not in str(self.dirpath):
-            self._seals.add(Path(self.dirpath), self._make_store(Path(self.dirpath)))
+            store = self._make_store(Path(self.dirpath))
+            self._seals.add(Path(self.dirpath), store)
+            if trainer.is_global_zero and session.current() is None:
+                store.sweep()  # under the launcher, it has been done
         path = choose(self.resume, self.dirpath, trainer)
         if path is not None:
             _lightning.resume_from(trainer, path)
@@ -265,22 +268,20 @@ class ElasticCheckpoint(ModelCheckpoint):
     def _let_go(self, trainer: pl.Trainer) -> None:
         """Remove what retention doesn't keep: never what is ranked, and never the last valid one."""
         place = self._seals.store_of(Path(str(self.dirpath)) / "x") if self._seals else None
-        if place is None or (self.keep is None and self.monitor is None):
+        if self._seals is None or place is None or (self.keep is None and self.monitor is None):
             return
-        store = place[0]
         ranked = {os.path.basename(path) for path in (*self.best_k_models, self.last_model_path)}
         resumed = os.path.basename(str(trainer.ckpt_path or ""))
-        mine = [one for one in store.committed() if one.manifest.finite is not False]
-        for name in surplus(mine, LastN(self.keep or 1), pinned=frozenset({*ranked, resumed})):
-            if name.startswith("step=") or self.monitor is None:
-                store.remove(name)
+        with self._seals.telling():
+            for name in surplus(place[0].valid(), LastN(self.keep or 1), pinned=frozenset({*ranked, resumed})):
+                if name.startswith("step=") or self.monitor is None:
+                    place[0].remove(name)
 
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
         """Swap the symlink by rename, where Lightning would remove it first."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            folder = os.path.dirname(os.path.abspath(linkpath))
-            CheckpointStore(folder).link_last(os.path.relpath(filepath, folder), os.path.basename(linkpath))
+            Seals.of(trainer).link(filepath, linkpath)
         trainer.strategy.barrier()
 
     # failures

@@ -28,7 +28,7 @@ def choose(
         return None
     answer: tuple[str | None, str | None] = (None, None)
     if trainer.is_global_zero:
-        answer = _newest(dirpath) if resume == "auto" else _named(Path(resume))
+        answer = _newest(dirpath) if resume == "auto" else _named(Path(resume).resolve())
     path, refusal = trainer.strategy.broadcast(answer)
     if refusal:
         raise NoValidCheckpoint(refusal, hint="move the folder away to start over, or give resume= a checkpoint")

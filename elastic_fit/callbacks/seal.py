@@ -6,12 +6,13 @@ save consists of is captured by Lightning before; here it is only persisted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,11 @@ class Seals:
         """All ranks write into one staged place; rank 0 gathers the digests and commits."""
         strategy = self._trainer.strategy
         finite = is_finite(checkpoint) if self.finite_check else None
-        staged = store.stage(name) if self._trainer.is_global_zero else None
-        path = Path(str(strategy.broadcast(str(staged.path) if staged else None)))
+        staged, refusal = _begin(store, name) if self._trainer.is_global_zero else (None, None)
+        where, refusal = strategy.broadcast((str(staged.path) if staged else None, refusal))
+        if refusal is not None:
+            raise refusal
+        path = Path(str(where))
         mine = staged or store.join(name, path)
         problem: BaseException | None = None
         entries: tuple[FileEntry, ...] = ()
@@ -187,21 +191,51 @@ class Seals:
             self._remove(filepath)
         elif self._trainer.is_global_zero:
             store, name = place
-            store.remove(name)
+            with self.telling():
+                store.remove(name)
+
+    def link(self, filepath: str, linkpath: str) -> None:
+        """Point a symlink at a checkpoint beside it, by rename."""
+        folder, name = os.path.split(os.path.abspath(linkpath))
+        place = self.store_of(linkpath)
+        store = place[0] if place is not None and str(place[0].root) == folder else CheckpointStore(folder)
+        with self.telling():
+            store.link_last(os.path.relpath(filepath, folder), name)
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """What fails around a checkpoint that is committed is told, and doesn't end the training."""
+        try:
+            yield
+        except FencedOff:
+            raise
+        except StorageError as error:
+            log.error("elastic-fit: %s", error.message)
+            worker = session.current()
+            if worker is not None:
+                worker.ledger.write("cleanup_failed", error=error.message)
 
 
 def persist(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:
     """Write a captured state as one sealed file, from any process; returns its bytes.
 
-    Raises SaveFailed where the disk refuses, FencedOff where a newer generation has taken the run.
+    What may pass (an I/O error) is met once with new files. Raises SaveFailed where the disk refuses for good,
+    FencedOff where a newer generation has taken the run.
     """
     try:
-        with store.stage(name) as staged:
-            with staged.open() as file:
-                torch.save(checkpoint, file)  # type: ignore[arg-type]
-            return staged.commit(facts).manifest.total_bytes
-    except OSError as error:
-        raise SaveFailed(store.root / name, error) from error
+        return _write(checkpoint, store, name, facts)
+    except SaveFailed as error:
+        if not error.may_pass:
+            raise
+        log.warning("elastic-fit: %s; trying once more, with new files", error.message)
+        return _write(checkpoint, store, name, facts)
+
+
+def _write(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:
+    with store.stage(name) as staged:
+        with staged.open() as file:
+            torch.save(checkpoint, file)  # type: ignore[arg-type]
+        return staged.commit(facts).manifest.total_bytes
 
 
 def why_unsafe(path: Path) -> str | None:
@@ -279,6 +313,14 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         versions={"torch": torch.__version__, "lightning": pl.__version__},
         extra=extra,
     )
+
+
+def _begin(store: CheckpointStore, name: str) -> tuple[Staged | None, StorageError | None]:
+    """What is staged, or why not: the other ranks have to hear of either."""
+    try:
+        return store.stage(name), None
+    except StorageError as error:
+        return None, error
 
 
 def _refusal(problem: BaseException, staged: Staged) -> str | None:

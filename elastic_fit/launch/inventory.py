@@ -44,6 +44,7 @@ def inventory(path: Path, *, deep: bool = False) -> list[Listed]:
     if not path.exists():
         raise UsageError(f"there is no {path}", hint="give a run folder (runs/<name>) or a checkpoint")
     if path.is_file() or path.suffix == ".ckpt":
+        path = path.resolve()  # last.ckpt may be a link
         return [_listed(path, verify(path, deep=deep))]
     found = [one for store in _stores(path) for one in store.scan(deep=deep)]
     listed = [_listed(each, verdict) for each, verdict in found]

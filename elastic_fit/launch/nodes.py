@@ -216,7 +216,7 @@ class _Node:
             latch=latch,
             ledger=ledger,
             observer=self.console,
-            select_resume=ResumeChooser(self.folder, ledger, self.invocation),
+            select_resume=ResumeChooser(self.folder, ledger, self.invocation, self.console.line),
             plan=self._planner(rendezvous),
             seconds_left=self._start.seconds_left if self._start is not None else lambda: None,
             stop_order=self.folder.stop_order,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,23 @@ class ResumeChooser:
         folder: the run's folder.
         ledger: gets a ``resume`` event per fit, with every rejected candidate and its reason; None to leave no trace.
         invocation: may name a checkpoint to go on from (``--resume-from``), used until the run has one of its own.
+        tell: shows a person a line: each checkpoint that is passed over, or taken although it shouldn't be, and why.
     """
 
-    def __init__(self, folder: RunDir, ledger: Ledger | None, invocation: Invocation) -> None:
+    def __init__(
+        self,
+        folder: RunDir,
+        ledger: Ledger | None,
+        invocation: Invocation,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._folder = folder
         self._ledger = ledger
         self._invocation = invocation
         self._explicit = invocation.resume_from.resolve() if invocation.resume_from else None
         self._generation = newest_generation(folder.generations)
+        self._tell = tell
+        self._told: set[Rejected] = set()
 
     def __call__(self) -> tuple[ResumePoint, ...]:
         """The points to go on from, by number of the fit.
@@ -67,6 +77,8 @@ class ResumeChooser:
             selection = self._named(self._explicit, selection)
         chosen = selection.chosen
         self._note(fit, selection)
+        if chosen is not None:
+            self._tell_rejected(chosen.path, selection)
         if chosen is None and selection.rejected:
             raise _all_rejected(self._folder.fit(fit), selection)
         return _point(fit, chosen) if chosen else None
@@ -81,8 +93,15 @@ class ResumeChooser:
             )
         if own.chosen is not None and own.chosen.manifest.generation >= self._generation:
             return own
-        rejected = () if verdict.valid else (Rejected(path=path, why=f"forced, although: {verdict.why}"),)
-        return Selection(chosen=Checkpoint(path=path, manifest=verdict.manifest), rejected=rejected)
+        rejected = () if verdict.valid else (Rejected(path=path, why=verdict.why),)
+        chosen = Checkpoint(path=path, manifest=verdict.manifest)
+        return Selection(chosen=chosen, rejected=rejected, verified=verdict.depth if verdict.valid else "forced")
+
+    def _tell_rejected(self, chosen: Path, selection: Selection) -> None:
+        for one in selection.rejected:
+            if one not in self._told:
+                self._told.add(one)
+                self._tell(f"{'forced' if one.path == chosen else 'passed over'}: {one.path}: {one.why}")
 
     def _note(self, fit: int, selection: Selection) -> None:
         if self._ledger is None:
@@ -94,6 +113,7 @@ class ResumeChooser:
             path=str(chosen.path) if chosen else None,
             step=chosen.manifest.step if chosen else 0,
             generation_of_checkpoint=chosen.manifest.generation if chosen else None,
+            verified=selection.verified or None,
             rejected=[{"path": str(one.path), "why": one.why} for one in selection.rejected],
         )
 

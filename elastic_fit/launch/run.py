@@ -38,7 +38,7 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     for flag in invocation.without_effect:
         console.line(f"{flag} has no effect under elastic-fit")
     if invocation.dry_run:
-        console.plan(invocation, folder, _would_resume(invocation, folder))
+        console.plan(invocation, folder, _would_resume(invocation, folder, console))
         return Status.FINISHED
     if _has_several_nodes(invocation):
         from elastic_fit.launch.nodes import launch_node
@@ -66,10 +66,10 @@ def _has_several_nodes(invocation: Invocation) -> bool:
     return parse_min_max_nnodes(invocation.torchrun.nnodes)[1] > 1 and not invocation.torchrun.standalone
 
 
-def _would_resume(invocation: Invocation, folder: RunDir) -> tuple[ResumePoint, ...]:
+def _would_resume(invocation: Invocation, folder: RunDir, console: Console) -> tuple[ResumePoint, ...]:
     if invocation.fresh or not folder.root.exists():
         return ()
-    return ResumeChooser(folder, None, invocation)()
+    return ResumeChooser(folder, None, invocation, console.line)()
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class _Launch:
         ledger.write("generation", recovered=self.lease.recovered)
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
         with SignalLatch() as latch:
-            chooser = ResumeChooser(self.folder, ledger, self.invocation)
+            chooser = ResumeChooser(self.folder, ledger, self.invocation, self.console.line)
             resume = chooser()
             planner = Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation)
             if self.lease.recovered:

@@ -17,7 +17,8 @@ It serves a plain PyTorch script as well:
 from __future__ import annotations
 
 from elastic_fit.supervisor.errors import FencedOff
-from elastic_fit.supervisor.store.commit import DigestingFile, Disk, Fence, SaveFailed, Staged
+from elastic_fit.supervisor.store.commit import DigestingFile, SaveFailed, Staged
+from elastic_fit.supervisor.store.disk import Disk
 from elastic_fit.supervisor.store.folder import (
     NO_FENCE,
     Checkpoint,
@@ -26,7 +27,7 @@ from elastic_fit.supervisor.store.folder import (
     Selection,
     latest_valid,
 )
-from elastic_fit.supervisor.store.generation import GenerationFence, Holder, Lease, hold, newest_generation
+from elastic_fit.supervisor.store.generation import Fence, GenerationFence, Holder, Lease, hold, newest_generation
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
 from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, surplus
 from elastic_fit.supervisor.store.verify import Verdict, verify

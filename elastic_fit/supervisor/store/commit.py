@@ -1,35 +1,39 @@
 """The commit protocol, for a file and for a folder of shards.
 
-1. Everything is written under a temporary name *in the target folder*, its digest computed as the bytes pass by.
-2. Each file is synced, then the temporary folder (if it is one), before it gets its name.
-3. The data is renamed to its name and the target folder synced.
-4. The manifest is written the same way, last. *Its rename is the commit; nothing before it may be read as valid.*
+1. Everything is written under temporary names *in the target folder*, the digest computed as the bytes pass by: the
+   data, and the manifest that describes it. Each file is synced when it is closed, a folder before it gets its name.
+2. The fence is asked. If there is a checkpoint of that name, it is set aside under another one, where it stays valid.
+3. The data is renamed to its name, and the target folder synced.
+4. The manifest is renamed, last. *That rename is the commit; nothing before it may be read as valid.* The target folder
+   is synced, and only then is the save acknowledged, and the checkpoint that was set aside deleted.
 
 Nothing is overwritten in place. A failed fsync is never repeated on the same file: the kernel may have dropped the
-dirty pages and report success the second time, so the whole save starts over with new files.
+dirty pages and report success the second time. The save has failed, and whoever wants to try again stages a new one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
-import secrets
-import shutil
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from elastic_fit.supervisor.errors import StorageError
-from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, check_relative
+from elastic_fit.supervisor.store.disk import DELETING, Disk, exists, hidden_path, new_token, remove_tree
+from elastic_fit.supervisor.store.generation import Fence
+from elastic_fit.supervisor.store.leftovers import put_back, remove
+from elastic_fit.supervisor.store.manifest import Facts, FileEntry, Manifest, aside_name, check_relative, manifest_path
 from elastic_fit.supervisor.store.stream import CHUNK_BYTES, DigestingStream
+from elastic_fit.supervisor.store.verify import remember
 
 if TYPE_CHECKING:
     from elastic_fit.supervisor.store.folder import Checkpoint
 
-TEMPORARY = ".tmp-"
-DELETING = ".del-"
+log = logging.getLogger("elastic_fit")
 
 
 class SaveFailed(StorageError):
@@ -43,55 +47,10 @@ class SaveFailed(StorageError):
         self.path = str(path)
         self.errno = error.errno
 
-
-class Fence(Protocol):
-    """Tells whether this process may still commit."""
-
-    def check(self) -> None:
-        """Raise FencedOff where a newer generation has taken the run."""
-
-
-class Disk:
-    """What the protocol does to the disk; replaced in tests to make one call fail."""
-
-    def create(self, path: Path) -> int:
-        """A descriptor of a new file that nobody else has made."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-    def write(self, descriptor: int, data: memoryview) -> int:
-        """Write some of `data`; returns how many bytes."""
-        return os.write(descriptor, data)
-
-    def begin_writeback(self, descriptor: int, start: int, length: int) -> None:
-        """Have the kernel begin to write that part to the device, so that less is left for `sync`."""
-        # On Linux this starts the writing; only pages that are clean already, and these aren't, are dropped.
-        # An error of the device is told by the sync; a file system that takes no advice has nothing to tell.
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
-
-    def sync(self, descriptor: int) -> None:
-        """Force the file, or the folder, to the device."""
-        os.fsync(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Give it its name."""
-        os.rename(source, target)
-
-    def unlink(self, path: Path) -> None:
-        """Remove a file."""
-        os.unlink(path)
-
-    def mkdir(self, path: Path) -> None:
-        """Make a folder."""
-        os.mkdir(path, 0o700)
-
-    def sync_folder(self, path: Path) -> None:
-        """Force a folder's names to the device."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self.sync(descriptor)
-        finally:
-            os.close(descriptor)
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same save, with new files, may succeed at once."""
+        return self.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
 
 class DigestingFile(DigestingStream):
@@ -104,11 +63,16 @@ class DigestingFile(DigestingStream):
         self._stored = 0
         self._begun = 0
         self._descriptor = disk.create(path)
+        self.status: os.stat_result | None = None
+        """How the file was when it had been synced."""
 
     def _put(self, view: memoryview) -> None:
         written = 0
         while written < len(view):
-            written += self._disk.write(self._descriptor, view[written:])
+            count = self._disk.write(self._descriptor, view[written:])
+            if count == 0:
+                raise OSError(errno.EIO, "the disk takes no more and says no reason")
+            written += count
         self._stored += written
         if self._stored - self._begun >= CHUNK_BYTES:
             self._disk.begin_writeback(self._descriptor, self._begun, self._stored - self._begun)
@@ -118,6 +82,10 @@ class DigestingFile(DigestingStream):
         try:
             if whole:
                 self._disk.sync(self._descriptor)
+                self.status = os.fstat(self._descriptor)
+        except OSError as error:
+            self.failure = error
+            raise
         finally:
             os.close(self._descriptor)
 
@@ -133,13 +101,26 @@ class Staged:
     at it with `CheckpointStore.join`.
     """
 
-    def __init__(self, root: Path, name: str, path: Path, *, fence: Fence, disk: Disk) -> None:
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        path: Path,
+        *,
+        fence: Fence,
+        disk: Disk,
+        generation: int = 0,
+        told: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.path = path
         self._root = root
         self._name = name
         self._fence = fence
         self._disk = disk
+        self._generation = generation
+        self._told = told
         self._files: list[DigestingFile] = []
+        self._refused: OSError | None = None
         self._committed = False
 
     @property
@@ -150,11 +131,12 @@ class Staged:
     @property
     def failure(self) -> OSError | None:
         """What the disk said when it refused something to this process."""
-        return next((file.failure for file in self._files if file.failure is not None), None)
+        refused = [self._refused, *(file.failure for file in self._files)]
+        return next((one for one in refused if one is not None), None)
 
     def mkdir(self) -> Path:
         """Make it a folder."""
-        with _as_save_failed(self.target):
+        with self._failing():
             self._disk.mkdir(self.path)
         return self.path
 
@@ -168,12 +150,16 @@ class Staged:
         return self._open(self.path / relative, relative)
 
     def _open(self, path: Path, relative: str) -> DigestingFile:
-        file = DigestingFile(path, relative, self._disk)
+        try:
+            file = DigestingFile(path, relative, self._disk)
+        except OSError as error:
+            self._refused = error
+            raise
         self._files.append(file)
         return file
 
     def digests(self) -> tuple[FileEntry, ...]:
-        """Of the files that this process has written."""
+        """Of the files that this process has written. Raises OSError where the disk has refused one of them."""
         for file in self._files:
             file.close()
         return tuple(file.entry() for file in self._files)
@@ -187,7 +173,7 @@ class Staged:
 
         Raises FencedOff where a newer generation has taken the run, SaveFailed where the disk refuses.
         """
-        with _as_save_failed(self.target):
+        with self._failing():
             mine = self.digests()
         return self.commit_entries(facts, (*mine, *parts))
 
@@ -195,63 +181,85 @@ class Staged:
         """Commit what is staged as exactly these files, whoever has written them. Raises as `commit` does."""
         from elastic_fit.supervisor.store.folder import Checkpoint
 
-        with _as_save_failed(self.target):
-            is_folder = self.path.is_dir()
-            files = tuple(sorted(entries, key=lambda entry: entry.path))
-            fields = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
-            manifest = Manifest(**fields, files=files, is_folder=is_folder)
-            if is_folder:
-                for folder in _folders(self.path):
-                    self._disk.sync_folder(folder)
-            self._fence.check()
-            replaced = self._set_aside(manifest.generation)
-            self._disk.rename(self.path, self.target)
+        with self._failing(), _kept_open(self.path) as mine:
+            manifest = self._write_manifest(facts, entries)
+            aside = None
+            try:
+                self._fence.check()
+                aside = self._set_aside()
+                self._fence.check()
+                self._disk.rename(self.path, self.target)
+                self._disk.sync_folder(self.target.parent)
+                self._fence.check()
+                # The commit. An older generation fails here: the new one has swept its manifest away.
+                self._disk.rename(manifest_path(self.path), manifest_path(self.target))
+            except BaseException:
+                if not self._is_committed(manifest):
+                    self._undo(aside, mine)
+                raise
+            self._committed = True
             self._disk.sync_folder(self.target.parent)
-            self._commit_manifest(manifest)
-            if replaced is not None:
-                self._disk.unlink(manifest_path(replaced))
-                remove_tree(replaced, self._disk)
-        self._committed = True
+        self._told(manifest.total_bytes)
+        self._remember()
+        if aside is not None:
+            self._let_go(aside)
         return Checkpoint(path=self.target, manifest=manifest)
 
-    def _set_aside(self, generation: int) -> Path | None:
-        """Give what has this name already another one, under which it stays valid until the new one is committed."""
-        final = manifest_path(self.target)
-        if not final.exists():
-            remove_tree(self.target, self._disk)  # never committed, or half deleted
+    def _write_manifest(self, facts: Facts, entries: Iterable[FileEntry]) -> Manifest:
+        is_folder = self.path.is_dir()
+        files = tuple(sorted(entries, key=lambda entry: entry.path))
+        fields = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
+        manifest = Manifest(**fields, files=files, is_folder=is_folder, name=self.target.name)
+        if is_folder:
+            for folder, _, _ in os.walk(self.path, topdown=False, onerror=_raise):
+                self._disk.sync_folder(Path(folder))
+        with DigestingFile(manifest_path(self.path), "", self._disk) as file:
+            file.write(manifest.to_bytes())
+        return manifest
+
+    def _set_aside(self) -> Path | None:
+        """Move what has this name already. A committed checkpoint stays valid: with this rename, under its new name."""
+        if not exists(self.target):
             return None
-        stem = self.target.name.removesuffix(".ckpt")
-        aside = self.target.with_name(f"{stem}.replaced-{generation}-{secrets.token_hex(4)}.ckpt")
-        os.link(final, manifest_path(aside))
-        # Validity passes from the one name to the other with this rename.
+        if exists(manifest_path(self.target)):
+            aside = self.target.with_name(aside_name(self.target.name, new_token(self._generation)))
+            self._disk.link(manifest_path(self.target), manifest_path(aside))
+            self._disk.sync_folder(aside.parent)
+        else:
+            aside = hidden_path(self.target, DELETING, self._generation)
         self._disk.rename(self.target, aside)
-        self._disk.sync_folder(final.parent)
-        self._disk.unlink(final)
+        self._disk.sync_folder(aside.parent)
         return aside
 
-    def _commit_manifest(self, manifest: Manifest) -> None:
-        final = manifest_path(self.target)
-        temporary = temporary_path(final, manifest.generation)
+    def _is_committed(self, manifest: Manifest) -> bool:
+        """Whether the commit was done before the exception came (Ctrl-C can come anywhere)."""
+        with contextlib.suppress(OSError):
+            return manifest_path(self.target).read_bytes() == manifest.to_bytes()
+        return False
+
+    def _undo(self, aside: Path | None, mine: int) -> None:
+        """Give the name back to what had it. What can't be undone now, the next sweep does."""
+        with contextlib.suppress(OSError):
+            if exists(self.target) and os.path.samestat(self.target.lstat(), os.fstat(mine)):
+                self._disk.rename(self.target, self.path)
+            if aside is not None:
+                put_back(aside, self.target, self._disk)
+
+    def _let_go(self, aside: Path) -> None:
         try:
-            file = DigestingFile(temporary, "", self._disk)
-            with file:
-                file.write(manifest.to_bytes())
-            self._fence.check()
-            self._disk.rename(temporary, final)
-        except BaseException:
+            remove(aside, self._disk, self._fence, self._generation)
+        except (OSError, StorageError) as error:
+            # The new one is committed; the one that it has replaced goes with the next sweep.
+            log.warning("elastic-fit: could not remove %s: %s", aside, error)
+
+    def _remember(self) -> None:
+        """What this process has written, and nobody has touched since, it need not read to know."""
+        for file in self._files:
+            entry, before = file.entry(), file.status
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            remove_tree(self.target, self._disk)
-            raise
-        # From here on it is committed; a crash before the folder is synced may lose it, but never tear it.
-        self._disk.sync_folder(final.parent)
-        try:
-            self._fence.check()
-        except StorageError:
-            # Fenced off between the check and the rename: withdraw what nobody was told of.
-            self._disk.unlink(final)
-            remove_tree(self.target, self._disk)
-            raise
+                now = (self.target / entry.path if entry.path else self.target).lstat()
+                if before is not None and _content(before) == _content(now):
+                    remember(now, entry.digest)
 
     def __enter__(self) -> Staged:
         return self
@@ -260,47 +268,44 @@ class Staged:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+        if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
+            # What the disk has said, whatever a serializer has made of it.
+            self._fence.check()
+            raise SaveFailed(self.target, self.failure) from error
 
     def discard(self) -> None:
         """Remove what is staged, unless it was committed."""
+        for file in self._files:
+            file.abandon()
         if self._committed:
             return
-        for file in self._files:
+        for path in (self.path, manifest_path(self.path)):
             with contextlib.suppress(OSError):
-                file.abandon()
-        with contextlib.suppress(OSError):
-            remove_tree(self.path, self._disk)
+                remove_tree(path, self._disk)
 
-
-def manifest_path(data: Path) -> Path:
-    """Where the manifest of that checkpoint is."""
-    return data.with_name(data.name + SUFFIX)
-
-
-def temporary_path(final: Path, generation: int) -> Path:
-    """A free temporary name beside `final`, hidden, that tells who may sweep it."""
-    return final.with_name(f".{final.name}{TEMPORARY}{generation}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def remove_tree(path: Path, disk: Disk) -> None:
-    """Remove a file or a folder without following links; nothing happens where there is none."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(mode):
-        shutil.rmtree(path)
-    else:
-        disk.unlink(path)
-
-
-def _folders(root: Path) -> list[Path]:
-    return [Path(folder) for folder, _, _ in os.walk(root, topdown=False)]
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What the disk refuses is a SaveFailed, or FencedOff where that is the reason."""
+        try:
+            yield
+        except OSError as error:
+            self._fence.check()
+            raise SaveFailed(self.target, error) from error
 
 
 @contextlib.contextmanager
-def _as_save_failed(target: Path) -> Iterator[None]:
+def _kept_open(path: Path) -> Iterator[int]:
+    """A descriptor that tells the file or folder from any other: as long as it is open, its inode is not used again."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        yield
-    except OSError as error:
-        raise SaveFailed(target, error) from error
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _content(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _raise(error: OSError) -> None:
+    raise error

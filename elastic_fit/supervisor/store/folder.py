@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_fit.supervisor.errors import StorageError
-from elastic_fit.supervisor.store.commit import (
-    DELETING,
-    TEMPORARY,
-    Disk,
-    Fence,
-    Staged,
-    manifest_path,
-    remove_tree,
-    temporary_path,
-)
+from elastic_fit.supervisor.store import leftovers
+from elastic_fit.supervisor.store.commit import SaveFailed, Staged
+from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, exists, hidden_path, make_folders, remove_tree
+from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.manifest import SUFFIX, Manifest, check_relative
+from elastic_fit.supervisor.store.trust import check_folder
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
 
@@ -46,6 +39,8 @@ class Selection:
 
     chosen: Checkpoint | None
     rejected: tuple[Rejected, ...] = ()
+    verified: str = ""
+    """How the chosen one was verified: see `Verdict.depth`."""
 
 
 class _NoFence:
@@ -73,33 +68,61 @@ class CheckpointStore:
         self._fence = fence
         self._disk = disk or Disk()
         self.generation = generation
+        self._last_bytes: int | None = None
 
     def stage(self, name: str) -> Staged:
-        """Begin a checkpoint of that name. Raises StorageError where the folder can't be made or the name is taken."""
+        """Begin a checkpoint of that name.
+
+        Raises StorageError where the folder can't be made or anybody may write into it, SaveFailed where less space
+        is free than the last save took.
+        """
         check_relative(name)
         target = self.root / name
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(target.parent, self._disk)
         except OSError as error:
             raise StorageError(f"can't make the folder {target.parent}: {error.strerror}") from error
-        path = temporary_path(target, self.generation)
-        return Staged(self.root, name, path, fence=self._fence, disk=self._disk)
+        check_folder(target.parent)
+        self._check_space(target)
+        return self.join(name, hidden_path(target, TEMPORARY, self.generation))
+
+    def _check_space(self, target: Path) -> None:
+        needed = self._last_bytes
+        if needed is None:
+            newest = CheckpointStore(target.parent).committed()[:1]
+            needed = newest[0].manifest.total_bytes if newest else 0
+        try:
+            free = self._disk.free_bytes(target.parent)
+        except OSError as error:
+            raise SaveFailed(target, error) from error
+        if free is not None and free < needed:
+            why = f"the last save took {needed} bytes, and {free} are free"
+            raise SaveFailed(target, OSError(errno.ENOSPC, why))
 
     def join(self, name: str, path: Path) -> Staged:
         """Another rank's view of a staged folder at `path`: it writes parts and tells their digests."""
-        return Staged(self.root, name, path, fence=self._fence, disk=self._disk)
+        return Staged(
+            self.root, name, path, fence=self._fence, disk=self._disk, generation=self.generation, told=self._saved
+        )
+
+    def _saved(self, total_bytes: int) -> None:
+        self._last_bytes = total_bytes
 
     def committed(self) -> list[Checkpoint]:
         """All that have a readable manifest, newest first; their data is not looked at."""
-        found = []
-        for candidate in self.candidates():
-            verdict = verify(candidate, deep=False)
-            if verdict.manifest is not None:
-                found.append(Checkpoint(path=candidate, manifest=verdict.manifest))
-        return sorted(found, key=lambda one: (one.manifest.order, one.path.name), reverse=True)
+        return [Checkpoint(path=path, manifest=one.manifest) for path, one in self.scan() if one.manifest is not None]
+
+    def valid(self) -> list[Checkpoint]:
+        """What retention counts: all whose names and sizes are right and that hold no NaN, newest first."""
+        quick = self.scan()
+        return [Checkpoint(path=path, manifest=one.manifest) for path, one in quick if one.valid and one.manifest]
 
     def candidates(self) -> list[Path]:
-        """Everything that has the name of a checkpoint or of a manifest; links and hidden files are left out."""
+        """Everything that has the name of a checkpoint or of a manifest; links and hidden files are left out.
+
+        Raises StorageError where the folder can't be read, or anybody may write into it.
+        """
+        check_folder(self.root)
         try:
             entries = list(os.scandir(self.root))
         except FileNotFoundError:
@@ -122,56 +145,68 @@ class CheckpointStore:
         return sorted(verdicts, key=lambda one: (_order(one[1]), one[0].name), reverse=True)
 
     def latest_valid(self) -> Selection:
-        """Order by (step, generation), verify deeply, take the first that holds."""
-        rejected: list[Rejected] = []
-        for path, quick in self.scan():
-            verdict = verify(path) if quick.valid else quick
+        """Order by (step, generation), verify deeply, take the first that holds.
+
+        Whatever has no readable manifest may be newer, for all that can be told: it counts as rejected.
+        """
+        quick = self.scan()
+        rejected = [Rejected(path=path, why=verdict.why) for path, verdict in quick if verdict.manifest is None]
+        for path, verdict in quick:
+            if verdict.manifest is None:
+                continue
+            if verdict.valid:
+                verdict = verify(path)
             if verdict.valid and verdict.manifest is not None:
                 if verdict.manifest.extra.get("weights_only"):
                     continue  # whole, but nothing that a training could go on from
                 chosen = Checkpoint(path=path, manifest=verdict.manifest)
-                return Selection(chosen=chosen, rejected=tuple(rejected))
+                return Selection(chosen=chosen, rejected=tuple(rejected), verified=verdict.depth)
             rejected.append(Rejected(path=path, why=verdict.why))
         return Selection(chosen=None, rejected=tuple(rejected))
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint: manifest first, then data, so that nothing half-deleted looks valid."""
+        """Delete a checkpoint. Raises StorageError where the disk refuses; the next sweep finishes what has begun."""
+        check_relative(name)
         target = self.root / name
-        with contextlib.suppress(FileNotFoundError):
-            self._disk.unlink(manifest_path(target))
-            self._disk.sync_folder(target.parent)
-        remove_tree(target, self._disk)
+        try:
+            leftovers.remove(target, self._disk, self._fence, self.generation)
+        except OSError as error:
+            self._fence.check()
+            raise StorageError(f"could not remove {target}: {error.strerror or error}") from error
 
     def link_last(self, name: str, link: str = "last.ckpt") -> None:
-        """Point the symlink `link` at a checkpoint, by rename."""
-        temporary = self.root / f".{link}{TEMPORARY}{self.generation}-{secrets.token_hex(4)}"
-        os.symlink(name, temporary)
-        self._disk.rename(temporary, self.root / link)
+        """Point the symlink `link` at a checkpoint, by rename. Raises StorageError where the disk refuses."""
+        target = self.root / link
+        temporary = hidden_path(target, TEMPORARY, self.generation)
+        self._fence.check()
+        try:
+            if exists(target) and not target.is_symlink():
+                self.remove(link)
+            self._disk.symlink(name, temporary)
+            try:
+                self._disk.rename(temporary, target)
+            except OSError:
+                remove_tree(temporary, self._disk)
+                raise
+            self._disk.sync_folder(target.parent)
+        except OSError as error:
+            self._fence.check()
+            raise StorageError(f"could not point {target} at {name}: {error.strerror or error}") from error
 
     def sweep(self) -> list[str]:
-        """Remove what interrupted saves and deletions of earlier generations have left; returns their names."""
-        swept = []
-        for entry in self._entries():
-            marked = entry.startswith(".") and (TEMPORARY in entry or DELETING in entry)
-            if marked and _generation_of(entry) < self.generation:
-                remove_tree(self.root / entry, self._disk)
-                swept.append(entry)
-        return swept
+        """Finish what interrupted saves and deletions of earlier generations, or of dead processes, have left.
 
-    def _entries(self) -> Iterable[str]:
+        For who holds the run. Returns the names of what was dealt with. Raises StorageError where the folder can't be
+        read.
+        """
         try:
-            return sorted(os.listdir(self.root))
-        except FileNotFoundError:
-            return []
+            return leftovers.sweep(self.root, self._disk, self._fence, self.generation)
+        except OSError as error:
+            raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
 
 
 def _order(verdict: Verdict) -> tuple[int, int, bool]:
     return verdict.manifest.order if verdict.manifest else (-1, -1, False)
-
-
-def _generation_of(name: str) -> int:
-    number = name.rpartition(TEMPORARY)[2].split("-")[0]
-    return int(number) if number.isdigit() else 0
 
 
 def latest_valid(path: Path | str) -> Selection:

@@ -13,14 +13,16 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
 from elastic_fit.supervisor.errors import FencedOff, RunIsHeld, StorageError
 from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store.disk import Disk, make_folders
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -56,6 +58,13 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+class Fence(Protocol):
+    """Tells whether this process may still commit."""
+
+    def check(self) -> None:
+        """Raise FencedOff where a newer generation has taken the run."""
 
 
 class GenerationFence:
@@ -100,21 +109,16 @@ def newest_generation(tickets: Path) -> int:
 
 
 def take_generation(tickets: Path, holder: Holder) -> int:
-    """Take the next number. Raises StorageError where the folder can't be written."""
+    """Take the next number, for good: it is on the disk. Raises StorageError where the folder can't be written."""
     try:
-        tickets.mkdir(parents=True, exist_ok=True)
-        temporary = tickets / f".{os.getpid()}-{secrets.token_hex(4)}"
-        temporary.write_text(json.dumps({**asdict(holder), "t": time.time()}))
-        try:
+        with _ticket(tickets, holder) as ticket:
             while True:
                 number = newest_generation(tickets) + 1
                 try:
-                    os.link(temporary, tickets / f"{number:08d}")
+                    os.link(ticket, tickets / f"{number:08d}")
                     return number
                 except FileExistsError:
                     continue
-        finally:
-            temporary.unlink()
     except OSError as error:
         raise StorageError(f"can't take a generation in {tickets}: {error.strerror}") from error
 
@@ -125,16 +129,27 @@ def publish_generation(tickets: Path, number: int, holder: Holder) -> None:
     A number that is there already, or lower than the newest, changes nothing: only the highest counts.
     """
     try:
-        tickets.mkdir(parents=True, exist_ok=True)
-        temporary = tickets / f".{os.getpid()}-{secrets.token_hex(4)}"
-        temporary.write_text(json.dumps({**asdict(holder), "t": time.time()}))
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, tickets / f"{number:08d}")
-        finally:
-            temporary.unlink()
+        with _ticket(tickets, holder) as ticket, contextlib.suppress(FileExistsError):
+            os.link(ticket, tickets / f"{number:08d}")
     except OSError as error:
         raise StorageError(f"can't take generation {number} in {tickets}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _ticket(tickets: Path, holder: Holder) -> Iterator[Path]:
+    """A ticket without a number yet. A number that a power cut took back would be given twice, and fence off nobody."""
+    disk = Disk()
+    make_folders(tickets, disk)
+    temporary = tickets / f".{os.getpid()}-{secrets.token_hex(4)}"
+    with open(disk.create(temporary), "w") as file:
+        file.write(json.dumps({**asdict(holder), "t": time.time()}))
+        file.flush()
+        disk.sync(file.fileno())
+    try:
+        yield temporary
+    finally:
+        disk.unlink(temporary)
+        disk.sync_folder(tickets)
 
 
 def hold(folder: RunDir) -> Lease:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+import xxhash
 
 from elastic_fit.supervisor.errors import StorageError
 
@@ -16,6 +20,10 @@ SUFFIX = ".manifest.json"
 MAX_BYTES = 16 << 20
 MAX_FILES = 200_000
 MAX_NAME = 1024
+MAX_DEPTH = 32
+"""How deep the JSON of a manifest may be nested."""
+
+_ASIDE = ".replaced-"
 
 
 class ManifestError(StorageError):
@@ -68,6 +76,8 @@ class Manifest(Facts):
     """The facts, and every file with its size and digest."""
 
     files: tuple[FileEntry, ...]
+    name: str = ""
+    """The checkpoint's name in its folder: beside data of another name, this manifest is none. Empty: any name."""
     is_folder: bool = False
     created: float = field(default_factory=time.time)
     """Seconds since the epoch, on the writer's clock; for people only, never for order."""
@@ -83,9 +93,14 @@ class Manifest(Facts):
         """Size of all files together."""
         return sum(entry.size for entry in self.files)
 
+    def belongs_to(self, file_name: str) -> bool:
+        """Whether it was written for a checkpoint of that name, which may have been set aside since."""
+        aside = split_aside(file_name)
+        return self.name in ("", file_name) or (aside is not None and self.name == aside[0])
+
     def to_bytes(self) -> bytes:
-        """The text that is stored."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        """The text that is stored; its ``seal`` is the digest of all the rest."""
+        return _sealed(asdict(self))
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
@@ -96,9 +111,44 @@ class Manifest(Facts):
             record = json.loads(data)
             if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
                 raise ManifestError("not a manifest of a schema that this version knows")
+            _check_depth(record, MAX_DEPTH)
+            record.pop("seal", None)
+            if _sealed(record) != data:
+                raise ManifestError("the manifest is not what was written: its own digest differs")
             return _build(record)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ManifestError(f"the manifest can't be read: {type(error).__name__}: {error}") from error
+
+
+def manifest_path(data: Path) -> Path:
+    """Where the manifest of that checkpoint is."""
+    return data.with_name(data.name + SUFFIX)
+
+
+def aside_name(name: str, token: str) -> str:
+    """The name under which a checkpoint stays valid while another one takes its own."""
+    return f"{name.removesuffix('.ckpt')}{_ASIDE}{token}.ckpt"
+
+
+def split_aside(name: str) -> tuple[str, str] | None:
+    """The name that a checkpoint had before it was set aside, and the token; None where it wasn't."""
+    found = re.fullmatch(rf"(.+){re.escape(_ASIDE)}([0-9a-z-]+)\.ckpt", name, re.DOTALL)
+    return (f"{found[1]}.ckpt", found[2]) if found else None
+
+
+def _sealed(record: dict[str, Any]) -> bytes:
+    # No byte may change without being noticed, so spelling counts as well: there is one text for each manifest.
+    body = json.dumps({key: value for key, value in record.items() if key != "seal"}, sort_keys=True).encode()
+    seal = xxhash.xxh3_128_hexdigest(body)
+    return (json.dumps({**record, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _check_depth(thing: object, limit: int) -> None:
+    if limit == 0:
+        raise ManifestError(f"the manifest is nested deeper than {MAX_DEPTH}")
+    if isinstance(thing, (dict, list)):
+        for one in thing.values() if isinstance(thing, dict) else thing:
+            _check_depth(one, limit - 1)
 
 
 def _build(record: dict[str, Any]) -> Manifest:
@@ -116,6 +166,13 @@ def _build(record: dict[str, Any]) -> Manifest:
             raise ManifestError(f"{name} must be {kind.__name__}")
     if known.get("finite") not in (None, True, False):
         raise ManifestError("finite must be true, false or null")
+    for name in ("metrics", "versions", "extra"):
+        if not isinstance(known.get(name, {}), dict):
+            raise ManifestError(f"{name} must be an object")
+    if not isinstance(known.get("name", ""), str):
+        raise ManifestError("name must be a text")
+    if type(known.get("created", 0.0)) not in (int, float):
+        raise ManifestError("created must be a number")
     return Manifest(**{**known, "files": files, "is_folder": bool(record.get("is_folder"))})
 
 
@@ -131,6 +188,10 @@ def check_relative(path: object) -> None:
     """Raise ManifestError unless `path` stays below the checkpoint: relative, no ``..``, no control characters."""
     if not isinstance(path, str) or len(path) > MAX_NAME:
         raise ManifestError("a file's path must be a short text")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ManifestError(f"a file's path must be one that a file system can hold: {path!r}") from None
     if path == "":
         return
     pure = PurePosixPath(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,7 +58,7 @@ class EveryHours:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
-    """The best `count` by a metric of the manifest."""
+    """The best `count` by a metric of the manifest; one that isn't there, or NaN, ranks nothing."""
 
     metric: str
     count: int
@@ -65,7 +66,7 @@ class Best:
 
     def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
         """See `Retention`."""
-        scored = [one for one in valid if self.metric in one.manifest.metrics]
+        scored = [one for one in valid if not math.isnan(one.manifest.metrics.get(self.metric, math.nan))]
         ranked = sorted(scored, key=lambda one: one.manifest.metrics[self.metric], reverse=self.mode == "max")
         return {one.path.name for one in ranked[: self.count]}
 

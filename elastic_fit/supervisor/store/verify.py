@@ -10,14 +10,16 @@ from pathlib import Path
 
 import xxhash
 
-from elastic_fit.supervisor.store.commit import manifest_path
-from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, Manifest, ManifestError
+from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, Manifest, ManifestError, manifest_path
+from elastic_fit.supervisor.store.trust import distrust, open_below, walk
 
 CHUNK_BYTES = 4 << 20
 THREADS = 4
 
-_known: dict[tuple[int, int, int, int], str] = {}
-"""Digests that this process has computed, by device, inode, size and mtime."""
+Identity = tuple[int, int, int, int, int]
+
+_known: dict[Identity, str] = {}
+"""Digests that this process has computed, reading or writing, by device, inode, size, mtime and ctime."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,9 @@ class Verdict:
     """Why it isn't, in a line."""
     manifest: Manifest | None = None
     """Where it could be read."""
+    depth: str = "quick"
+    """How closely it was looked at: ``quick`` (names and sizes), ``deep`` (every byte was read), or ``known`` (this
+    process has read or written every byte before, and the files are unchanged)."""
 
 
 def verify(path: Path | str, *, deep: bool = True) -> Verdict:
@@ -36,83 +41,116 @@ def verify(path: Path | str, *, deep: bool = True) -> Verdict:
 
     Args:
         path: the checkpoint: a file or a folder of shards.
-        deep: read every byte and compare digests; else only names, kinds and sizes.
+        deep: compare the digest of every byte; else only names, kinds and sizes.
 
     Never raises for what is wrong with the checkpoint; that is the verdict.
     """
-    data = Path(path)
+    data = Path(os.path.abspath(path))
+    if not data.name:
+        return Verdict(valid=False, why="it is no checkpoint")
     try:
         manifest = read_manifest(data)
     except FileNotFoundError:
         return Verdict(valid=False, why="it has no manifest: never committed, or not written by elastic-fit")
-    except (ManifestError, OSError) as error:
-        return Verdict(valid=False, why=str(error))
-    why = _shape(data, manifest)
-    if why is None and deep:
-        with ThreadPoolExecutor(THREADS) as threads:
-            why = next((one for one in threads.map(lambda e: _digest(data, e), manifest.files) if one), None)
+    except ManifestError as error:
+        return Verdict(valid=False, why=error.message)
+    except OSError as error:
+        return Verdict(valid=False, why=f"its manifest can't be read: {error.strerror}")
+    if not manifest.belongs_to(data.name):
+        return Verdict(valid=False, why=f"its manifest is that of {manifest.name}", manifest=manifest)
+    try:
+        why, depth = check(data, manifest, deep=deep)
+    except OSError as error:
+        return Verdict(valid=False, why=f"{error.filename} can't be read: {error.strerror}", manifest=manifest)
     if why is None and manifest.finite is False:
-        return Verdict(valid=False, why="its parameters or optimizer state hold NaN or Inf", manifest=manifest)
-    return Verdict(valid=why is None, why=why or "", manifest=manifest)
+        why = "its parameters or optimizer state hold NaN or Inf"
+    return Verdict(valid=why is None, why=why or "", manifest=manifest, depth=depth)
+
+
+def check(data: Path, manifest: Manifest, *, deep: bool = True) -> tuple[str | None, str]:
+    """Compare data with a manifest, whatever their names: why they don't agree (or None), and the depth.
+
+    Raises OSError where that can't be told.
+    """
+    why = _shape(data, manifest)
+    if why is not None or not deep:
+        return why, "quick"
+    with ThreadPoolExecutor(min(THREADS, len(manifest.files))) as threads:
+        results = threads.map(lambda entry: _compare(data, entry), manifest.files)
+        known = True
+        for why, was_known in results:
+            known = known and was_known
+            if why is not None:
+                return why, "deep"
+    return None, "known" if known else "deep"
 
 
 def read_manifest(data: Path) -> Manifest:
     """The manifest beside a checkpoint. Raises FileNotFoundError, OSError, ManifestError."""
-    descriptor = os.open(manifest_path(data), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    with open(open_below(manifest_path(data), ""), "rb") as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ManifestError("the manifest is not a plain file")
         if status.st_size > MAX_BYTES:
-            raise ManifestError("the manifest is too large")
+            raise ManifestError(f"the manifest is larger than {MAX_BYTES} bytes")
+        # Its second name, while its checkpoint is being set aside, does no harm: it is digested as it is read.
+        if why := distrust(status, may_have_links=True):
+            raise ManifestError(f"the manifest {why}")
         return Manifest.parse(file.read(MAX_BYTES + 1))
 
 
+def identify(status: os.stat_result) -> Identity:
+    """What a file is known by. Nobody can set its ctime."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def remember(status: os.stat_result, digest: str) -> None:
+    """This process has written a file with that digest, and it is unchanged."""
+    _known[identify(status)] = digest
+
+
 def _shape(data: Path, manifest: Manifest) -> str | None:
-    expected = {entry.path: entry for entry in manifest.files}
     try:
-        mode = data.lstat().st_mode
-    except OSError as error:
-        return f"its data is missing: {error.strerror}"
-    if stat.S_ISDIR(mode) != manifest.is_folder or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        return "its data is not of the kind that the manifest says"
+        status = data.lstat()
+        if stat.S_ISDIR(status.st_mode) != manifest.is_folder:
+            return "its data is not of the kind that the manifest says"
+        if manifest.is_folder and (why := distrust(status)):
+            return f"its folder {why}"
+        found = dict(walk(data)) if manifest.is_folder else {"": status}
+    except FileNotFoundError:
+        return "its data is missing"
     for entry in manifest.files:
-        why = _file_shape(data / entry.path if entry.path else data, entry)
-        if why:
+        if why := _file_shape(entry.path or data.name, found.pop(entry.path, None), entry):
             return why
-    if manifest.is_folder:
-        found = {str(Path(folder, name).relative_to(data)) for folder, _, names in os.walk(data) for name in names}
-        strangers = sorted(found - set(expected))
-        if strangers:
-            return f"it holds a file that the manifest does not list: {strangers[0]}"
+    if found:
+        return f"it holds a file that the manifest does not list: {min(found)}"
     return None
 
 
-def _file_shape(path: Path, entry: FileEntry) -> str | None:
-    name = entry.path or path.name
-    try:
-        status = path.lstat()
-    except OSError as error:
-        return f"{name} is missing: {error.strerror}"
+def _file_shape(name: str, status: os.stat_result | None, entry: FileEntry) -> str | None:
+    if status is None:
+        return f"{name} is missing"
     if not stat.S_ISREG(status.st_mode):
         return f"{name} is not a plain file"
     if status.st_size != entry.size:
         return f"{name} has {status.st_size} bytes, the manifest says {entry.size}"
+    if why := distrust(status):
+        return f"{name} {why}"
     return None
 
 
-def _digest(data: Path, entry: FileEntry) -> str | None:
-    path = data / entry.path if entry.path else data
-    name = entry.path or path.name
+def _compare(data: Path, entry: FileEntry) -> tuple[str | None, bool]:
+    """Why a file isn't what was written, and whether its digest was known."""
+    name = entry.path or data.name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            digest = _known.get(key) or _known.setdefault(key, _read(file.fileno()))
+        with open(open_below(data, entry.path), "rb", buffering=0) as file:
+            key = identify(os.fstat(file.fileno()))
+            known = _known.get(key)
+            digest = known or _known.setdefault(key, _read(file.fileno()))
     except OSError as error:
-        return f"{name} can't be read: {error.strerror}"
-    return None if digest == entry.digest else f"{name} is not what was written: its digest differs"
+        raise OSError(error.errno, error.strerror, name) from error
+    same = digest == entry.digest
+    return None if same else f"{name} is not what was written: its digest differs", known is not None
 
 
 def _read(descriptor: int) -> str:

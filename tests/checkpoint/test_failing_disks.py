@@ -1,0 +1,79 @@
+"""What a training makes of a disk that refuses: it goes on, and says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_fit import ElasticCheckpoint, latest_valid
+from elastic_fit.callbacks.seal import persist
+from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed
+from tests.checkpoint.models import Line, names, trainer
+from tests.store.disks import CountingDisk, FailingAt
+
+STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "optimizer_states": []}
+
+
+def operations(folder: Path) -> int:
+    disk = CountingDisk()
+    persist(STATE, CheckpointStore(folder, disk=disk), "step=1.ckpt", Facts(step=1))
+    return len(disk.done)
+
+
+def test_an_io_error_that_passes_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(1, operations(tmp_path / "whole") + 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        persist(STATE, CheckpointStore(folder, disk=FailingAt(number, errno.EIO)), "step=1.ckpt", Facts(step=1))
+        chosen = latest_valid(folder).chosen
+        assert chosen is not None
+        assert torch.equal(torch.load(chosen.path)["state_dict"]["weight"], torch.arange(1000.0))
+    assert "trying once more, with new files" in caplog.text
+
+
+def test_a_full_disk_is_not_tried_again(tmp_path: Path) -> None:
+    disk = FailingAt(3, errno.ENOSPC)
+    with pytest.raises(SaveFailed, match="No space left on device"):
+        persist(STATE, CheckpointStore(tmp_path, disk=disk), "step=1.ckpt", Facts(step=1))
+    assert disk.done.count("create") == 1
+
+
+class Stubborn(FailingAt):
+    """Deletes and links nothing."""
+
+    def before(self, number: int, operation: str) -> None:
+        if operation in ("unlink", "symlink"):
+            raise OSError(self._error, os.strerror(self._error))
+
+
+class StubbornCheckpoint(ElasticCheckpoint):
+    def _make_store(self, root: Path) -> CheckpointStore:
+        return CheckpointStore(root, disk=Stubborn(0, errno.EACCES))
+
+
+def test_a_disk_that_deletes_and_links_nothing_does_not_end_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = StubbornCheckpoint(dirpath=tmp_path, every_n_train_steps=2, keep=1, save_last="link")
+    training = trainer(tmp_path, checkpoint, max_epochs=1)
+    training.fit(Line())
+    assert training.global_step == 8
+    assert "could not remove" in caplog.text
+    assert "could not point" in caplog.text
+    chosen = latest_valid(tmp_path).chosen
+    assert chosen is not None
+    assert chosen.manifest.step == 8
+    assert "last.ckpt" not in names(tmp_path)
+
+
+def test_a_training_without_a_launcher_sweeps_after_one_that_died(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    left = store.stage("step=1.ckpt").path
+    dead = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))
+    dead.write_bytes(b"half of a save")
+    trainer(tmp_path, ElasticCheckpoint(dirpath=tmp_path, every_n_train_steps=4), max_epochs=1).fit(Line())
+    assert not dead.exists()

@@ -1,0 +1,33 @@
+"""How many crash states were injected, told at the end."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.store.aftermath import Tally
+
+_TALLY = pytest.StashKey[Tally]()
+
+
+@pytest.fixture(scope="session")
+def tally(request: pytest.FixtureRequest) -> Tally:
+    return request.config.stash.setdefault(_TALLY, Tally())
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory, for thousands of crashes of processes: these don't ask what a disk keeps."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="elastic-fit-", dir=place) as folder:
+        yield Path(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tally = config.stash.get(_TALLY, None)
+    if tally is not None:
+        terminalreporter.write_line(f"{tally.injected} crash states injected, {tally.lost} lost")
