@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from elastic_fit.supervisor.ledger import read
 
 MARK = "ELASTIC_FIT_KILLS_ROUND"
 KINDS = ("worker", "all", "save")
+DIGITS = "examples/digits.py"
+DEFAULT_REST = defaultdict(list, {DIGITS: ["--epochs", "30"]})
+"""Long enough that most moments are in the training, and not in the imports before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +123,13 @@ def main() -> int:
     """Play the rounds and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how often to kill")
-    parser.add_argument("--script", default="examples/digits.py")
+    parser.add_argument("--script", default=DIGITS)
     parser.add_argument("--nproc-per-node", type=int, default=2)
     parser.add_argument("--every", type=int, default=20, help="optimizer steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("rest", nargs="*", help="the script's own arguments, after --")
     args = parser.parse_args()
+    args.rest = args.rest or DEFAULT_REST[args.script]
     random.seed(args.seed)
     bad = killed = number = 0
     with tempfile.TemporaryDirectory(prefix="elastic-fit-kills-") as folder:

@@ -106,10 +106,12 @@ class Console:
         command = shlex.join([*kind, invocation.script, *invocation.script_args])
         self.line(f"would run  {command}")
         args = invocation.torchrun
-        self.line(f"on         {args.nnodes} nodes, {args.nproc_per_node} workers each")
+        least, _, most = str(args.nnodes).partition(":")
+        nodes = f"{least} to {most}" if most not in ("", least) else least
+        self.line(f"on         {nodes} {'node' if nodes == '1' else 'nodes'}, {args.nproc_per_node} workers each")
         self.line(f"in         {folder.root}")
         self.line(f"resume     {resume_text(resume)}")
-        self.line(f"saving     {save_text(invocation)}")
+        self.line(f"store      {save_text(invocation)}")
 
     def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
         """A worker has failed: root cause, decision, loss, hint."""

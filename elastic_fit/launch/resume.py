@@ -57,6 +57,8 @@ class ResumeChooser:
     def _fits(self) -> list[int]:
         try:
             names = [entry.name for entry in self._folder.checkpoints.iterdir() if entry.is_dir()]
+        except FileNotFoundError:
+            return []  # a run that has not begun
         except OSError as error:
             raise StorageError(f"can't read {self._folder.checkpoints}: {error.strerror}") from error
         return sorted(int(found[1]) for name in names if (found := _FIT.fullmatch(name)))

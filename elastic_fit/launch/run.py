@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from elastic_fit.launch.resume import ResumeChooser
 from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.goodput import account
 from elastic_fit.supervisor.ledger import Ledger, read
@@ -67,9 +68,14 @@ def _has_several_nodes(invocation: Invocation) -> bool:
 
 
 def _would_resume(invocation: Invocation, folder: RunDir, console: Console) -> tuple[ResumePoint, ...]:
-    if invocation.fresh or not folder.root.exists():
+    if invocation.fresh:
         return ()
-    return ResumeChooser(folder, None, invocation, console.line)()
+    try:
+        return ResumeChooser(folder, None, invocation, console.line)()
+    except OSError as error:
+        raise UsageError(
+            f"the run folder {folder.root} can't be read: {error.strerror}", hint="give another one with --run-dir"
+        ) from error
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_fit import ElasticFitError
+from elastic_fit.supervisor.store import CheckpointStore, Facts
 
 
 def elastic_fit(*argv: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +38,29 @@ def test_dry_run_shows_the_truth_and_touches_nothing(tmp_path: Path) -> None:
     assert "would run  train.py --lr 0.1" in done.stderr
     assert "none: starting at step 0" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_dry_run_names_the_checkpoint_that_a_run_would_go_on_from_and_those_that_it_would_not(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    store = CheckpointStore(tmp_path / "runs" / "train" / "checkpoints" / "fit-1")
+    for step in (10, 20):
+        with store.stage(f"step={step}.ckpt") as staged:
+            with staged.open() as file:
+                file.write(b"state")
+            staged.commit(Facts(step=step, epoch=0, world_size=1, kind="periodic"))
+    (store.root / "step=20.ckpt").write_bytes(b"torn")
+    done = elastic_fit("train.py", "--nnodes", "1:4", "--dry-run", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "on         1 to 4 nodes, 1 workers each" in done.stderr
+    assert f"resume     step 10 (periodic) from {store.root / 'step=10.ckpt'}" in done.stderr
+    assert f"passed over: {store.root / 'step=20.ckpt'}" in done.stderr
+
+
+def test_dry_run_in_a_folder_that_is_no_run_yet_says_what_a_run_would_do(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    done = elastic_fit("train.py", "--run-dir", ".", "--dry-run", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "none: starting at step 0" in done.stderr
 
 
 def test_a_syntax_error_in_the_script_is_shown_as_python_shows_it(tmp_path: Path) -> None:
@@ -76,10 +100,11 @@ def test_version(tmp_path: Path) -> None:
 def test_a_run_folder_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
     (tmp_path / "taken").write_text("")
-    done = elastic_fit("train.py", "--run-dir", "taken", "--no-warm", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "taken" in done.stderr
-    assert "Traceback" not in done.stderr
+    for flags in ((), ("--dry-run",)):
+        done = elastic_fit("train.py", "--run-dir", "taken", "--no-warm", *flags, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "taken" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_help_is_data_on_stdout(tmp_path: Path) -> None:
