@@ -41,6 +41,7 @@ def main(kind: str, target: str, args: list[str]) -> int:
     board = Board.open(Path(context.board))
     board[Word.PID] = os.getpid()
     board.enter(Phase.FORKED)
+    _show_in_ps(target)
 
     from elastic_fit import callbacks
 
@@ -52,6 +53,12 @@ def main(kind: str, target: str, args: list[str]) -> int:
     if status != 0:
         _leave(status)
     return status
+
+
+def _show_in_ps(target: str) -> None:
+    """All workers are forks of one command line: name this one for ``ps -o comm``, ``top`` and ``pgrep``."""
+    with contextlib.suppress(OSError):  # no /proc: then not
+        Path("/proc/self/comm").write_text(f"rank{os.environ.get('RANK', '?')} {Path(target).name}"[:15])
 
 
 def _leave(status: int) -> NoReturn:

@@ -234,6 +234,12 @@ if __name__ == "__main__":
         assert node.log(0) == "spawned [14]\nthread True\nexit True\n"
 
 
+def test_a_worker_can_be_told_from_the_others_in_ps(tmp_path: Path) -> None:
+    with Node(tmp_path, "print(open('/proc/self/comm').read())") as node:
+        assert node.run() == 0
+        assert [node.log(rank).strip() for rank in (0, 1)] == ["rank0 script.py", "rank1 script.py"]
+
+
 def test_module_and_plain_command_run_too(tmp_path: Path) -> None:
     (tmp_path / "mod.py").write_text("import sys; print(__name__, sys.argv[1:])")
     module = Program(kind="module", target="mod", cwd=str(tmp_path))
