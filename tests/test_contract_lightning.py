@@ -144,6 +144,7 @@ def test_a_validation_that_was_interrupted_is_known_by_its_progress(tmp_path) ->
         type(training.fit_loop.epoch_loop.val_loop).update_restart_stage
     )
     assert training.lightning_module._current_fx_name is None
+    assert set(training._logger_connector._callback_metrics) == set(training.callback_metrics)
 
 
 def test_a_thread_can_have_a_connection_to_the_store_of_its_own() -> None:

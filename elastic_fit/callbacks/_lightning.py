@@ -321,6 +321,11 @@ def batches_to_boundary(trainer: pl.Trainer) -> int:
     return trainer.accumulate_grad_batches - batches_half_accumulated(trainer)
 
 
+def callback_metrics(trainer: pl.Trainer, *, ask_others: bool) -> dict[str, Any]:
+    """The metrics that callbacks see. Computing those under way is collective; otherwise the ones computed so far."""
+    return dict(trainer.callback_metrics if ask_others else trainer._logger_connector._callback_metrics)
+
+
 def batches_begun(trainer: pl.Trainer) -> int:
     """Training batches that were begun in the whole training, on this rank."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total

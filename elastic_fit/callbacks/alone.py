@@ -43,7 +43,7 @@ def _answer(board: Board, pause: threading.Event) -> None:
         except RuntimeError:
             store = None  # the process group has ended; there may be another one
         if why:
-            log.info("elastic-fit: stopping (%s)", why)
+            log.warning("elastic-fit: stopping (%s)", why)
             board.ask(1, StopMode.SAVE)
             return
 

@@ -24,7 +24,6 @@ from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.randomness import saving_alone
 from elastic_fit.callbacks.seal import Purpose, facts_of, persist
 from elastic_fit.supervisor.board import Phase, Word
-from elastic_fit.supervisor.errors import StorageError
 
 if TYPE_CHECKING:
     from elastic_fit.supervisor.store import CheckpointStore
@@ -70,14 +69,15 @@ def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error:
         if there >= step:
             return False
         try:
+            purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
             with saving_alone():
                 checkpoint = _lightning.capture(trainer)
-            purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
-            size = persist(checkpoint, store, f"step={step}.ckpt", facts_of(trainer, purpose, checkpoint))
-        except StorageError as failure:
+                facts = facts_of(trainer, purpose, checkpoint)
+            size = persist(checkpoint, store, f"step={step}.ckpt", facts)
+        except Exception as failure:  # noqa: BLE001 - hooks of the script's take part in a save, and may raise anything
             if worker is not None:
-                worker.ledger.write("save_failed", step=step, error=failure.message)
-            log.error("%s", failure.message)
+                worker.ledger.write("save_failed", step=step, error=f"{type(failure).__name__}: {failure}")
+            log.error("elastic-fit: step %d could not be rescued: %s: %s", step, type(failure).__name__, failure)
             return False
     if worker is not None:
         worker.board[Word.RESCUED_STEP] = step

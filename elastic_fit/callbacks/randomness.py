@@ -36,6 +36,11 @@ def saving_alone() -> Iterator[None]:
         _alone = False
 
 
+def is_saving_alone() -> bool:
+    """Whether other ranks may be gone: nothing of the state may be asked of them."""
+    return _alone
+
+
 def stream_seed(seed: int, rank: int, batches: int) -> int:
     """The 63-bit seed of a rank's streams after so many batches of the whole training."""
     return seed_of(seed_of(seed, rank), batches)

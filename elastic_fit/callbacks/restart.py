@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks.randomness import is_saving_alone
 
 
 class RestartedEpoch(pl.Callback):
@@ -37,7 +38,8 @@ class RestartedEpoch(pl.Callback):
         """The metrics that callbacks and schedulers see, as plain numbers."""
         if self._trainer is None:
             return {}
-        metrics = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        known = _lightning.callback_metrics(self._trainer, ask_others=not is_saving_alone())
+        metrics = {name: float(value) for name, value in known.items()}
         return {"metrics": metrics, "at_epoch_end": _lightning.is_at_epoch_end(self._trainer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

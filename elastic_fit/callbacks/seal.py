@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.collective import gather
+from elastic_fit.callbacks.randomness import is_saving_alone
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged
@@ -298,6 +299,7 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
     """What the manifest of a captured state says."""
     worker = session.current()
     extra = dict(purpose.extra or {})
+    metrics = _lightning.callback_metrics(trainer, ask_others=not is_saving_alone())
     if "optimizer_states" not in checkpoint:
         extra["weights_only"] = True
     return Facts(
@@ -309,7 +311,7 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         reason=purpose.reason,
         run_id=worker.context.run_id if worker else "",
         generation=worker.context.generation if worker else 0,
-        metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+        metrics={name: float(value) for name, value in metrics.items()},
         versions={"torch": torch.__version__, "lightning": pl.__version__},
         extra=extra,
     )

@@ -1,0 +1,242 @@
+"""A rank dies at one exact point: a survivor saves the state after the last step that was whole, bit for bit."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launching import Elastic, Outcome
+
+SCRIPT = """
+import sys
+pl.seed_everything(7)
+
+class Victim(Model):
+    '''Dies, on one rank, at a point of step 6 (or in the validation after step 5).'''
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.at("forward")
+        return loss
+    def on_before_backward(self, loss):
+        if self.is_due("backward"):
+            loss.register_hook(lambda gradient: die())
+    def on_after_backward(self):
+        self.at("after the all-reduce")
+    def on_before_optimizer_step(self, optimizer):
+        self.at("before the step")
+    def on_before_zero_grad(self, optimizer):
+        if self.global_step == 5 and ATTEMPT == 0 and RANK == 0:
+            torch.save(self.state_dict(), HERE / "after-5.pt")
+    def configure_optimizers(self):
+        model = self
+        class Mean(torch.optim.SGD):
+            def step(self, closure=None):
+                with torch.enable_grad():
+                    loss = closure()
+                if model.is_due("in the step"):
+                    with torch.no_grad():
+                        next(model.parameters()).add_(1000.0)
+                    die()
+                super().step()
+                return loss
+        return Mean(self.parameters(), lr=0.01, momentum=0.9)
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(128.0).reshape(32, 4) / 100), batch_size=2)
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.layer(batch[0]).square().mean(), sync_dist=True)
+        if not self.trainer.sanity_checking:
+            self.at("validation")
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(12, 4)), batch_size=2)
+    def is_due(self, point):
+        return POINT == point and RANK == VICTIM and ATTEMPT == 0 and self.global_step == 5
+    def at(self, point):
+        if self.is_due(point):
+            die()
+
+class InACallback(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == 5:
+            if RANK == 0 and ATTEMPT == 0:
+                torch.save(module.state_dict(), HERE / "after-5.pt")
+            module.at("callback")
+"""
+
+
+def run(
+    elastic: Elastic,
+    point: str,
+    victim: int,
+    *flags: str,
+    more: str = "",
+    workers: int = 2,
+    callback: str = "InACallback()",
+) -> Outcome:
+    fit = f"POINT, VICTIM = {point!r}, {victim}\n" + SCRIPT + textwrap.dedent(more)
+    interval = 5 if point == "validation" else 1.0
+    fit += f"\ntrainer({callback}, val_check_interval={interval}, max_epochs=1).fit(Victim())\n"
+    return elastic(fit, *flags, workers=workers)
+
+
+def rescued(outcome: Outcome, step: int) -> dict[str, torch.Tensor]:
+    (path,) = (outcome.run / "checkpoints" / "fit-1").glob(f"step={step}.ckpt")
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+POINTS = ["forward", "backward", "after the all-reduce", "before the step", "in the step", "callback", "validation"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("point", POINTS)
+def test_death_at_any_point_of_a_step_costs_none_that_was_whole(elastic: Elastic, point: str, victim: int) -> None:
+    outcome = run(elastic, point, victim, "--keep", "9")
+    assert outcome.code == 0, outcome.said
+    (rescue,) = outcome.events("rescue")
+    # A victim that has given its gradients lets the survivor complete step 6.
+    gave = point in ("after the all-reduce", "before the step", "in the step")
+    assert rescue["step"] in ((5, 6) if gave else (5,))
+    assert rescue["rank"] == 1 - victim
+    assert outcome.events("steps_repeated")[0]["steps"] == 0
+    assert outcome.events("resume")[-1]["step"] == rescue["step"]
+    if rescue["step"] == 5:
+        uninterrupted = torch.load(outcome.run.parent / "after-5.pt", weights_only=True)
+        for name, value in rescued(outcome, 5).items():
+            assert torch.equal(value, uninterrupted[name])
+
+
+def test_death_during_a_save_leaves_the_survivor_to_save_the_same_step(elastic: Elastic) -> None:
+    more = """
+    from elastic_fit.supervisor.store import Staged
+    def commit(self, facts, commit=Staged.commit, **rest):
+        if facts.step == 5 and ATTEMPT == 0 and RANK == 0:
+            die()
+        return commit(self, facts, **rest)
+    Staged.commit = commit
+    """
+    outcome = run(elastic, "nowhere", 9, "--checkpoint-steps", "5", more=more)
+    assert outcome.code == 0
+    (rescue,) = outcome.events("rescue")
+    assert (rescue["step"], rescue["rank"]) == (5, 1)
+    assert outcome.events("steps_repeated")[0]["steps"] == 0
+    assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
+
+
+def test_a_rescuer_that_dies_over_its_save_leaves_the_place_to_the_next(elastic: Elastic) -> None:
+    more = """
+    from elastic_fit.supervisor.store import Staged
+    def commit(self, facts, commit=Staged.commit, **rest):
+        if facts.kind == "emergency" and ATTEMPT == 0 and not (HERE / "first").exists():
+            (HERE / "first").touch()
+            die()
+        return commit(self, facts, **rest)
+    Staged.commit = commit
+    """
+    outcome = run(elastic, "forward", 2, more=more, workers=3)
+    assert outcome.code == 0
+    assert (outcome.run.parent / "first").exists()
+    (rescue,) = outcome.events("rescue")
+    assert rescue["step"] == 5
+
+
+def test_where_survivors_are_a_step_apart_the_newer_state_wins_whoever_saves_first(elastic: Elastic) -> None:
+    """Rank 1 falls before it takes step 6 and saves step 5 first; rank 0 has taken step 6 and saves that after it."""
+    falls = "At(5, fall_over, rank=1, hook='on_before_optimizer_step')"
+    outcome = run(elastic, "nowhere", 9, "--keep", "9", callback=falls)
+    assert outcome.code == 0
+    rescues = {rescue["rank"]: rescue for rescue in outcome.events("rescue")}
+    assert rescues[1]["step"] == 5
+    assert rescues[0]["step"] == 6
+    assert rescues[0]["newer_than"] == 5
+    assert outcome.events("resume")[-1]["step"] == 6
+
+
+def test_an_exception_on_all_ranks_at_once_is_rescued_once_and_counts_as_a_failure(elastic: Elastic) -> None:
+    more = """
+    class All(Victim):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 5 and ATTEMPT == 0:
+                fall_over()
+            return super().training_step(batch, batch_idx)
+    Victim = All
+    """
+    outcome = run(elastic, "nowhere", 9, more=more)
+    assert outcome.code == 0
+    assert [rescue["step"] for rescue in outcome.events("rescue")] == [5]
+    assert outcome.events("decision")[0]["action"] == "restart"
+    assert "the script's own mistake" in outcome.said
+
+
+def test_an_exception_in_a_worker_alone_is_rescued_too(elastic: Elastic) -> None:
+    outcome = elastic("trainer(At(5, fall_over), max_epochs=1).fit(Model())\n", workers=1)
+    assert outcome.code == 0
+    assert outcome.events("rescue")[0]["step"] == 5
+
+
+def test_a_dead_rank_of_a_sharded_job_takes_its_shard_along_and_the_ledger_says_what_is_lost(elastic: Elastic) -> None:
+    sharded = """
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+    class Sharded(Model):
+        def configure_model(self):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).square().mean()
+    trainer(
+        At(5, die, rank=1), max_epochs=1, strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    ).fit(Sharded())
+    """
+    outcome = elastic(sharded, "--checkpoint-steps", "3")
+    assert outcome.code == 0
+    assert outcome.events("rescue") == []
+    (told,) = outcome.events("no_rescue")
+    assert (told["safe_step"], told["lost"]) == (3, 2)
+    assert "no rank holds the whole state" in told["why"]
+
+
+def test_a_worker_that_dies_while_the_run_stops_is_rescued_and_the_run_ends_as_saved(elastic: Elastic) -> None:
+    import os
+
+    more = f"""
+    class Both(Victim):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 5 and ATTEMPT == 0 and RANK == 1:
+                os.kill({os.getpid()}, signal.SIGTERM)
+                die()
+            return super().training_step(batch, batch_idx)
+    Victim = Both
+    """
+    outcome = run(elastic, "nowhere", 9, more=more)
+    assert outcome.code == 75
+    assert outcome.events("rescue")[0]["step"] == 5
+    assert len(outcome.events("workers_started")) == 1
+
+
+MEMORY = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.mark.system
+def test_a_worker_that_the_kernel_kills_for_its_memory_costs_no_step(elastic: Elastic, tmp_path: Path) -> None:
+    group = MEMORY / f"elastic-fit-{tmp_path.name}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(600 << 20))
+        more = f"""
+        class Hungry(Victim):
+            def training_step(self, batch, batch_idx):
+                if self.global_step == 5 and ATTEMPT == 0 and RANK == 1:
+                    Path({str(group / "cgroup.procs")!r}).write_text(str(os.getpid()))
+                    hoard = [bytearray(os.urandom(1 << 20)) for _ in range(4000)]
+                return super().training_step(batch, batch_idx)
+        Victim = Hungry
+        """
+        outcome = run(elastic, "nowhere", 9, more=more)
+        assert outcome.code == 0
+        killed = [one for one in outcome.events("worker_exit") if one["signal"] == "SIGKILL"]
+        assert [one["rank"] for one in killed] == [1]
+        assert outcome.events("rescue")[0]["step"] == 5
+        assert "out-of-memory" in outcome.said
+    finally:
+        group.rmdir()

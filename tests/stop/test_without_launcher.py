@@ -1,0 +1,206 @@
+"""ElasticCheckpoint alone, under any launcher: it stops on one agreed step as well, and the process ends with 75."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from elastic_fit.supervisor.store import latest_valid
+from tests.agent.harness import free_port, wait_until
+from tests.launching import PRELUDE
+
+SCRIPT = """
+from elastic_fit import ElasticCheckpoint
+
+class Long(Model):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(20000, 4)), batch_size=2)
+    def validation_step(self, batch, batch_idx):
+        self.layer(batch[0])
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(400, 4)), batch_size=2)
+
+class Tell(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step >= 5:
+            (HERE / f"there.{RANK}").touch()
+
+def fit(**options):
+    saves = ElasticCheckpoint(dirpath=HERE / "checkpoints", keep=2, resume="auto", every_n_train_steps=1000)
+    strategy = "ddp" if os.environ["WORLD_SIZE"] != "1" else "auto"
+    options = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": strategy, "max_epochs": 1, **options}
+    trainer(saves, Tell(), **{"enable_checkpointing": True, **options}).fit(Long())
+"""
+
+
+def run_rank(script: str, environment: dict[str, str], output: str) -> None:
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    sys.argv = [script]
+    runpy.run_path(script, run_name="__main__")
+
+
+class Ranks:
+    """The processes of a job that nobody supervises."""
+
+    def __init__(self, context: ForkServerContext, folder: Path, body: str, world: int) -> None:
+        self.folder = folder
+        script = folder / "train.py"
+        script.write_text(PRELUDE + SCRIPT + body)
+        ranks = range(world)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        shared |= {"LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+        shared |= {"TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+        self.processes: list[ForkServerProcess] = []
+        for rank in ranks:
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = context.Process(target=run_rank, args=(str(script), own, str(folder / f"out.{rank}")))
+            process.start()
+            self.processes.append(process)
+
+    def wait_for_training(self) -> None:
+        there = [self.folder / f"there.{rank}" for rank in range(len(self.processes))]
+        wait_until(lambda: all(path.exists() for path in there), timeout_s=60)
+
+    def send(self, rank: int, number: int) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def codes(self) -> list[int | None]:
+        for process in self.processes:
+            process.join(60)
+        return [process.exitcode for process in self.processes]
+
+    def step(self) -> int:
+        chosen = latest_valid(self.folder / "checkpoints").chosen
+        return chosen.manifest.step if chosen else 0
+
+    def said(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("out.*")))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "elastic_fit.callbacks.checkpoint"])
+    return context
+
+
+@pytest.fixture
+def started(context: ForkServerContext, tmp_path: Path) -> Iterator[object]:
+    all_ranks: list[Ranks] = []
+
+    def start(body: str, world: int = 2) -> Ranks:
+        for old in tmp_path.glob("there.*"):
+            old.unlink()
+        all_ranks.append(Ranks(context, tmp_path, body, world))
+        return all_ranks[-1]
+
+    yield start
+    for ranks in all_ranks:
+        ranks.end()
+
+
+@pytest.mark.parametrize(("told", "number"), [((0,), "SIGTERM"), ((1,), "SIGUSR1"), ((0, 1), "SIGTERM")])
+def test_a_signal_to_any_rank_saves_on_one_step_and_all_end_with_75(
+    started, told: tuple[int, ...], number: str
+) -> None:
+    ranks = started("fit()\n")
+    ranks.wait_for_training()
+    for rank in told:
+        ranks.send(rank, getattr(signal, number))
+    assert ranks.codes() == [75, 75], ranks.said()
+    step = ranks.step()
+    assert step >= 5
+    second = started(f"fit(max_steps={step + 3})\n")
+    assert second.codes() == [0, 0], second.said()
+    trained = (second.folder / "trained.notes").read_text().split()
+    assert trained == [str(number) for number in range(1, step + 4)]
+
+
+def test_one_process_alone_does_so_too_and_a_second_interrupt_ends_it_at_once(started) -> None:
+    ranks = started("fit()\n", 1)
+    ranks.wait_for_training()
+    ranks.send(0, signal.SIGINT)
+    assert ranks.codes() == [75], ranks.said()
+    assert ranks.step() >= 5
+    stuck = """
+import time
+class Stuck(Long):
+    def training_step(self, batch, batch_idx):
+        if (HERE / 'there.0').exists():
+            (HERE / "stuck").touch()
+            while not (HERE / "never").exists():
+                time.sleep(0.01)
+        return super().training_step(batch, batch_idx)
+Long = Stuck
+fit()
+"""
+    second = started(stuck, 1)
+    wait_until((second.folder / "stuck").exists, timeout_s=60)
+    second.send(0, signal.SIGINT)
+    wait_until(lambda: "stopping (SIGINT)" in second.said())
+    second.send(0, signal.SIGINT)
+    assert second.codes()[0] in (1, 130), second.said()
+
+
+def test_a_dead_peer_costs_no_step_because_the_survivor_saves(started) -> None:
+    ranks = started(
+        """
+class Dies(pl.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if RANK == 1 and trainer.global_step == 7:
+            die()
+make = trainer
+def trainer(*callbacks, **options):
+    return make(*callbacks, Dies(), **options)
+fit()
+"""
+    )
+    codes = ranks.codes()
+    assert codes[1] == -9
+    assert codes[0] not in (0, 75)
+    assert ranks.step() == 7
+
+
+def test_lightnings_handlers_and_broadcast_are_back_after_the_fit(started) -> None:
+    ranks = started(
+        """
+def mine(*_): pass
+signal.signal(signal.SIGUSR2, mine)
+seen = []
+class Look(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        seen.append((signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR2)))
+        assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)
+made = []
+make = trainer
+def trainer(*callbacks, **options):
+    made.append(make(*callbacks, Look(), **options))
+    return made[-1]
+fit(max_steps=3)
+assert seen[0][0] is not signal.SIG_DFL, "ours while it trains"
+assert seen[0][1] is mine, "a script's own handler of another signal is left alone"
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "and the one that was there before is back"
+assert "_broadcast_sigterm_tensor" not in vars(made[0].fit_loop.epoch_loop)
+""",
+        1,
+    )
+    assert ranks.codes() == [0], ranks.said()
