@@ -195,6 +195,8 @@ def measure_epoch(trainer: pl.Trainer) -> None:
     if limits == combined.limits:
         return
     combined.limits = limits
+    if combined._iterator is not None:
+        combined._iterator.limits = limits  # the last epoch's, which would cap the length that is asked for next
     before, loop.max_batches = loop.max_batches, sized_len(combined) or loop.max_batches
     if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch == int(
         before * trainer.val_check_interval

@@ -64,6 +64,15 @@ def test_each_sample_once_when_the_number_of_workers_changes_within_an_epoch(ela
     assert {one: everything.count(one) for one in EACH_ONCE} == dict.fromkeys(EACH_ONCE, 2)
 
 
+def test_epochs_after_the_one_in_which_ranks_were_lost_are_whole(elastic: Elastic) -> None:
+    flags = ("--checkpoint-steps", "1", "--max-restarts", "0")
+    body = SCRIPT + "trainer(At(7, fall_over), max_epochs=4).fit(Seen())\n"
+    assert elastic(body, *flags, workers=3).code == 1
+    last = elastic(SCRIPT + "trainer(max_epochs=4).fit(Seen())\n", *flags, workers=2)
+    assert last.code == 0, last.output()
+    assert {epoch: sorted(samples) for epoch, samples in seen(last).items()} == dict.fromkeys(range(4), EACH_ONCE)
+
+
 def weights(elastic: Elastic, body: str, *flags: str) -> list[str]:
     outcome = elastic(SCRIPT + body, "--fresh", *flags)
     assert outcome.code == 0, outcome.output()
