@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import select
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.frozen import FrozenWatch
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.policy import (
     Failure,
@@ -57,6 +59,9 @@ class Observer(Protocol):
 
     def stopping(self, request: StopRequest) -> None:
         """Somebody asks the run to stop."""
+
+    def frozen(self, rank: int, pid: int) -> None:
+        """A worker is stopped and nobody continues it; it is killed."""
 
     def recovered(self, seconds: float, step: int) -> None:
         """Training goes on after a failure."""
@@ -199,9 +204,11 @@ class ElasticAgent(TorchelasticAgent):
         """Watch until all workers have ended."""
         told_of_start = False
         ending_ns = 0
+        watch = FrozenWatch()
         while attempt.running:
             self._sleep(attempt, told_of_start, ending_ns)
             self._note_signals()
+            self._end_frozen(attempt, watch)
             self._note_exits(attempt)
             if not told_of_start and attempt.has_trained:
                 told_of_start = True
@@ -287,6 +294,15 @@ class ElasticAgent(TorchelasticAgent):
         self._ears.forget()
 
     # exits and failures
+
+    def _end_frozen(self, attempt: Attempt, watch: FrozenWatch) -> None:
+        for pid in watch.frozen(attempt.running, self._fx.now_ns() / 1e9):
+            rank = attempt.rank_of(pid)
+            self._fx.ledger.write(
+                "frozen", attempt=attempt.number, rank=rank, pid=pid, step=attempt.board_of(pid)[Word.STEP]
+            )
+            self._fx.observer.frozen(rank, pid)
+            attempt.signal(pid, signal.SIGKILL)
 
     def _note_exits(self, attempt: Attempt) -> None:
         for exit_ in attempt.collect():

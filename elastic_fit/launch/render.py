@@ -132,6 +132,10 @@ class Console:
         again = "; press again to end at once" if request.reason == "SIGINT" else ""
         self.line(f"{request.reason}{who}: {what}, at most {request.grace_s:.0f} s{again}", style="33")
 
+    def frozen(self, rank: int, pid: int) -> None:
+        """A worker is stopped and nobody continues it; it is killed."""
+        self.line(f"rank {rank} (pid {pid}) is stopped (SIGSTOP), and the others wait for it: killing it", style="33")
+
     def recovered(self, seconds: float, step: int) -> None:
         """Training goes on after a failure."""
         self.line(f"back at step {step}, {seconds:.2f} s after the failure", style="32")

@@ -52,12 +52,16 @@ class Heard:
     failures: list[tuple[WorkerFailure, Restart | GiveUp]] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
+    frozen_ranks: list[int] = field(default_factory=list)
 
     def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
         self.failures.append((root, decision))
 
     def stopping(self, request: StopRequest) -> None:
         self.stops.append(request.reason)
+
+    def frozen(self, rank: int, pid: int) -> None:
+        self.frozen_ranks.append(rank)
 
     def recovered(self, seconds: float, step: int) -> None:
         self.recoveries.append(seconds)

@@ -31,6 +31,16 @@ def test_a_killed_worker_costs_no_step(elastic: Elastic) -> None:
     assert outcome.events("recovered")[0]["total_s"] > 0
 
 
+def test_a_worker_that_is_stopped_and_not_continued_costs_no_step(elastic: Elastic) -> None:
+    freeze = "import os, signal\ndef freeze():\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    outcome = elastic(freeze + "trainer(At(5, freeze, rank=1)).fit(Model())\n")
+    assert outcome.code == 0
+    assert "is stopped (SIGSTOP), and the others wait for it: killing it" in outcome.said
+    assert outcome.events("frozen")[0]["rank"] == 1
+    assert outcome.events("rescue")[0]["step"] == 5
+    assert outcome.notes("trained") == EVERY_STEP_ONCE
+
+
 def test_fresh_interpreters_recover_as_well(elastic: Elastic) -> None:
     outcome = elastic("trainer(At(5, die, rank=1), max_epochs=1).fit(Model())\n", "--no-warm")
     assert outcome.code == 0
