@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.errors import ElasticFitError, StorageError
 
 KEEP_VERSIONS = 64
 """Old versions of the roster that stay in the folder, for people to read."""
@@ -24,7 +24,10 @@ class ArbiterLost(ElasticFitError):
 
 
 class Arbiter(Protocol):
-    """A compare-and-set cell and the nodes' counters. Every call may block, and raises ArbiterLost."""
+    """A compare-and-set cell and the nodes' counters. Every call but `check` may block, and raises ArbiterLost."""
+
+    def check(self) -> None:
+        """Raise StorageError where nothing could ever be decided here."""
 
     def read(self) -> tuple[int, bytes] | None:
         """The newest version and its document, or None where there is none."""
@@ -56,6 +59,24 @@ class FolderArbiter:
         self._rosters = root / "rosters"
         self._nodes = root / "nodes"
         self._newest: tuple[int, bytes] | None = None
+
+    def check(self) -> None:
+        """Raise StorageError where this folder can't decide anything, because its file system has no hard links."""
+        probe = self._rosters / f".{os.getpid()}.{secrets.token_hex(8)}"
+        try:
+            self._rosters.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            try:
+                os.link(probe, f"{probe}.link")
+                os.unlink(f"{probe}.link")
+            finally:
+                probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"the nodes can't agree in {self._rosters}: {error.strerror or error}",
+                hint="a run folder of several nodes must be on a file system with hard links; or use an etcd server: "
+                "--rdzv-backend etcd-v2 --rdzv-endpoint host:2379",
+            ) from error
 
     def read(self) -> tuple[int, bytes] | None:
         """See `Arbiter`."""

@@ -24,6 +24,7 @@ from elastic_fit.supervisor.board import StopMode
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.goodput import Goodput
 from elastic_fit.supervisor.membership import NAMES_TOLD
 from elastic_fit.supervisor.policy import (
     Failure,
@@ -51,6 +52,7 @@ class ClusterAgent(ElasticAgent):
 
     Args:
         rendezvous: the members' meeting place, the same object as the spec's handler.
+        tally: the run's account so far; taken once, by the node that closes the job, so that all tell the same.
         waiting: told, about twice a second, what this node waits for.
         news: told what has happened to the job, in a line for people.
     """
@@ -64,17 +66,21 @@ class ClusterAgent(ElasticAgent):
         *,
         policy: RestartPolicy,
         limits: Limits,
+        tally: Callable[[], Goodput],
         waiting: Callable[[str], None],
         news: Callable[[str], None],
     ) -> None:
         super().__init__(spec, program, effects, policy=policy, limits=limits)
         self._rendezvous_of_nodes = rendezvous
+        self.tally: Goodput | None = None
+        """The run's account as the job was closed with it; None where it was not."""
+        self._take_tally = tally
         self._waiting = waiting
         self._news = news
         self._nodes: tuple[str, ...] = ()
         self._ended_for: Change | None = None
         self._unbound = effects.ledger
-        rendezvous.lead(self._lead_round)
+        rendezvous.lead(self._judge_round)
         rendezvous.idle = self._while_waiting
 
     # the life of the job on this node
@@ -92,7 +98,7 @@ class ClusterAgent(ElasticAgent):
     def _join_round(self) -> Attempt | Result:
         fx = self._fx
         fx.nursery.ready()
-        self._ended_for = None
+        ended_for, self._ended_for = self._ended_for, None
         started = fx.now_ns()
         try:
             group = self.form(self.restarts)
@@ -107,6 +113,8 @@ class ClusterAgent(ElasticAgent):
         self._resume = tuple(ResumePoint(**point) for point in facts["resume"])
         self._check_resume_is_visible()
         self._tell_failure(facts)
+        if self._nodes and facts["why"] and (ended_for is None or ended_for.cause is not Cause.LOST):
+            self._news(facts["why"])  # this node's workers had failed of the loss before it was known as one
         attempt = self._fork(int(facts["attempt"]), group, started)
         self._tell_nodes(facts)
         return attempt
@@ -145,6 +153,7 @@ class ClusterAgent(ElasticAgent):
 
     def _closed(self, end: JobClosed) -> Result:
         self.status = Status(end.status)
+        self.tally = Goodput(**end.decision["tally"]) if "tally" in end.decision else None
         self._tell_failure(end.decision)
         self._fx.ledger.write("stopped" if self.status != Status.FINISHED else "closed", code=int(self.status))
         return Result(succeeded=self.status == Status.FINISHED, stopped=self.status != Status.FAILED)
@@ -217,6 +226,12 @@ class ClusterAgent(ElasticAgent):
         )
 
     # leading
+
+    def _judge_round(self, gathered: Gathered) -> Verdict:
+        verdict = self._lead_round(gathered)
+        if verdict.goes_on:
+            return verdict
+        return replace(verdict, facts={**verdict.facts, "tally": asdict(self._take_tally())})
 
     def _lead_round(self, gathered: Gathered) -> Verdict:
         facts = gathered.facts

@@ -50,6 +50,9 @@ class EtcdArbiter:
         client = etcd.Client(host, int(port or DEFAULT_PORT), read_timeout=READ_TIMEOUT_S, allow_reconnect=False)
         return cls(client, run)
 
+    def check(self) -> None:
+        """Nothing: a server that is down may come back."""
+
     def read(self) -> tuple[int, bytes] | None:
         """See `Arbiter`."""
         with self._as_lost():

@@ -16,12 +16,14 @@ import psutil
 
 from elastic_fit.launch.membership import NodeRefused
 from elastic_fit.supervisor.errors import UsageError
-from elastic_fit.supervisor.roster import Profile, refusal
+from elastic_fit.supervisor.roster import Profile, Roster, refusal
 
 DEFAULT_PORT = 29400
 DIAL_S = 2.0
 """How long the endpoint may take to answer."""
 PAUSE_S = 0.5
+ASKED = 8
+"""How many nodes are asked before a job is taken for gone."""
 PATIENCE_S = 30.0
 """How long a node whose run folder is empty looks for the endpoint before it begins the job itself."""
 
@@ -54,6 +56,12 @@ def ask(host: str, port: int) -> Profile | None:
             return Profile.parse(message["profile"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def is_anybody_there(roster: Roster) -> bool:
+    """Whether an agent of the job answers: one of its members, or who gathers them."""
+    known = [*([roster.leading] if roster.leading else []), *roster.members][:ASKED]
+    return any(found is not None and found.node == one.node for one in known for found in [ask(one.address, one.port)])
 
 
 def introduce(

@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
 from typing import Any
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
 from elastic_fit.launch.contact import Contact
-from elastic_fit.launch.links import Links
+from elastic_fit.launch.links import Contacted, Links
 from elastic_fit.supervisor.membership import Fence, Move, Propose, Release, Wait, contacts, decide, next_round, release
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, is_earlier_start, refusal
@@ -101,7 +102,7 @@ class Keeper:
         """Store `roster` and wait for the answer. Raises ArbiterLost."""
         try:
             stored = self._contact.propose(roster).result(timeout_s)
-        except TimeoutError as error:
+        except Late as error:
             raise ArbiterLost(f"the arbiter did not answer within {timeout_s:.0f} s") from error
         return stored
 
@@ -203,14 +204,19 @@ class Keeper:
             profile=known.profile,
             up=self._links.is_up(node),
             refused=known.refused,
-            # A peer that does not hear this node is as good as silent, whatever it still says.
-            quiet_s=max(0.0, now - known.heard_s, float(state.get("quiet", {}).get(self.me.node, 0.0))),
+            quiet_s=self._quiet_s(known, now),
             beat_age_s=self._contact.pulse.still_s(node, self._clock()),
             ready_for=state.get("ready"),
             waited_s=now - known.ready_since_s,
             reaches_arbiter=bool(state.get("arbiter", True)),
             refusal=self.told.get(node),
         )
+
+    def _quiet_s(self, known: Contacted, now: float) -> float:
+        """A peer that does not hear this node is as good as silent, whatever it still says."""
+        since = max(0.0, now - known.heard_s)
+        unheard_s = (known.state or {}).get("quiet", {}).get(self.me.node)
+        return since if unheard_s is None else since + float(unheard_s)
 
     def _view(self, now: float) -> View:
         known = self._links.known
@@ -255,18 +261,14 @@ class Keeper:
             "report": self.report,
             "version": self.roster.version if self.roster else 0,
             "arbiter": now - self._heard_arbiter_s < self.bounds.fence_s,
-            "quiet": self._quiet(now),
         }
+        quiet = {node: now - peer.heard_s for node, peer in self._links.known.items() if now - peer.heard_s > QUIET_S}
+        news = {**state, "quiet": sorted(quiet)}
         last, said_s = self._said
-        if state != last or now - said_s >= self.bounds.beat_s:
-            self._said = (state, now)
-            self._links.say(state)
-
-    def _quiet(self, now: float) -> dict[str, float]:
-        """Who has not been heard for a while, and for how many seconds, in whole beats."""
-        beat_s, known = self.bounds.beat_s, self._links.known
-        quiet = {node: now - peer.heard_s for node, peer in known.items() if now - peer.heard_s > QUIET_S}
-        return {node: seconds // beat_s * beat_s for node, seconds in quiet.items()}
+        if news != last or now - said_s >= self.bounds.beat_s:
+            self._said = (news, now)
+            # For how long, in seconds, each peer that was not heard for a while has not been.
+            self._links.say({**state, "quiet": quiet})
 
     def _is_seated(self) -> bool:
         """Whether this node is in the round that runs: its agent may wait for one still, but not for the next."""

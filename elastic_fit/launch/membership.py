@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
+from elastic_fit.launch.arbiter import ArbiterLost
 from elastic_fit.launch.keeper import Keeper
 from elastic_fit.launch.rendezvous import STORE_TIMEOUT
 from elastic_fit.supervisor.errors import ElasticFitError
@@ -170,7 +171,7 @@ class ElasticRendezvous(RendezvousHandler):
             while True:
                 move, roster = self._await(tried)
                 if isinstance(move, Form):
-                    tried = self._form(move, roster)
+                    tried = self._try_to_form(move, roster)
                     continue
                 keeper.enter(roster.round)
                 self._round = roster.round
@@ -292,6 +293,15 @@ class ElasticRendezvous(RendezvousHandler):
             if self.idle is not None:
                 self.idle(str(move) if isinstance(move, Wait) else getattr(move, "why", ""))
 
+    def _try_to_form(self, move: Form, roster: Roster) -> int:
+        """`_form`, and again after a while where the arbiter was lost over it: it comes back, or shows who decided."""
+        try:
+            return self._form(move, roster)
+        except ArbiterLost:
+            with self._keeper.changed:
+                self._keeper.changed.wait(self._keeper.bounds.beat_s)
+            return roster.version - 1
+
     def _form(self, move: Form, roster: Roster) -> int:
         """Form the next round; returns the version that was tried.
 
@@ -318,7 +328,12 @@ class ElasticRendezvous(RendezvousHandler):
             leading=keeper.me,
             lost=(),
             flaps=dict(move.flaps),
-            decision={**facts, "store": [keeper.me.address, store.port], "gone": list(move.gone)},
+            decision={
+                **facts,
+                "store": [keeper.me.address, store.port],
+                "gone": list(move.gone),
+                "why": _why(sealed) if sealed.cause is Cause.LOST else "",
+            },
         )
         keeper.store(formed, ANSWER_S)
         return sealed.version

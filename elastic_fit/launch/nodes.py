@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from elastic_fit.launch.arbiter import Arbiter, FolderArbiter
+from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.goodput import account
+from elastic_fit.supervisor.goodput import Goodput, account
 from elastic_fit.supervisor.ledger import Ledger, read
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Phase, Profile, Roster
@@ -60,17 +60,57 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
     Raises the ElasticFitError family for what a person can mend.
     """
     folder = RunDir(invocation.run_dir.resolve())
-    if invocation.fresh and not _others_run(folder):
+    if invocation.fresh and not _others_run(folder, invocation):
         console.set_aside(folder.set_aside())
     job = invocation.job
     identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
     return _Node(invocation, console, nursery, folder, identity).run()
 
 
-def _others_run(folder: RunDir) -> bool:
+def _others_run(folder: RunDir, invocation: Invocation) -> bool:
     """Whether a job goes on in this folder: then `--fresh` was the business of the node that began it."""
-    found = FolderArbiter(folder.root / FOLDER).read()
-    return found is not None and Roster.parse(found[1]).phase is not Phase.CLOSED
+    from elastic_fit.launch.introduction import is_anybody_there
+
+    if not folder.identity.exists():
+        return False
+    name = run_name(invocation, Identity.parse(folder.identity.read_text()))
+    found = arbiter_of(invocation, folder, name).read()
+    roster = Roster.parse(found[1]) if found is not None else None
+    return roster is not None and roster.phase is not Phase.CLOSED and is_anybody_there(roster)
+
+
+def run_name(invocation: Invocation, identity: Identity) -> str:
+    """What the job is called among its nodes: ``--rdzv-id``, else the run's own id."""
+    given = invocation.torchrun.rdzv_id
+    return str(given) if given not in ("none", "") else identity.run_id
+
+
+def arbiter_of(invocation: Invocation, folder: RunDir, name: str) -> Arbiter:
+    """The arbiter that the command line asks for. Raises UsageError and StorageError where it can't be one."""
+    args = invocation.torchrun
+    if args.rdzv_backend in ETCD_BACKENDS:
+        from elastic_fit.launch.etcd import EtcdArbiter
+
+        return EtcdArbiter.at(args.rdzv_endpoint, name)
+    return FolderArbiter(folder.root / FOLDER)
+
+
+def _is_new(arbiter: Arbiter) -> bool:
+    """Whether nobody has ever decided anything there."""
+    try:
+        return arbiter.read() is None
+    except ArbiterLost:
+        return False
+
+
+def _bounds(invocation: Invocation) -> Bounds:
+    from torch.distributed.run import parse_min_max_nnodes
+
+    args = invocation.torchrun
+    least, most = parse_min_max_nnodes(args.nnodes)
+    config = _config(args.rdzv_conf)
+    chosen = {field: float(config[key]) for key, field in BOUND_OF.items() if key in config}
+    return Bounds(least=least, most=most, **chosen)
 
 
 @dataclass(slots=True)
@@ -110,7 +150,7 @@ class _Node:
             agent.forget_orders()
         finally:
             rendezvous.shutdown()
-        result = account(read(self.folder.events))
+        result = agent.tally or self._tally()
         ledger.write(
             "finish",
             code=int(agent.status),
@@ -122,6 +162,9 @@ class _Node:
         self.console.finish(agent.status, result)
         return agent.status
 
+    def _tally(self) -> Goodput:
+        return account(read(self.folder.events))
+
     def _rendezvous(self) -> ElasticRendezvous:
         from torch.distributed.run import determine_local_world_size
 
@@ -131,9 +174,11 @@ class _Node:
 
         args = self.invocation.torchrun
         config = _config(args.rdzv_conf)
-        name = args.rdzv_id if args.rdzv_id not in ("none", "") else self.identity.run_id
+        name = run_name(self.invocation, self.identity)
         own_traits = traits(self.invocation, self.identity)
-        arbiter, port = self._arbiter(name), self._port(config, own_traits)
+        arbiter = arbiter_of(self.invocation, self.folder, name)
+        arbiter.check()
+        port = self._port(config, own_traits, arbiter)
         listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
         links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
         host = (self.invocation.job.node if self.invocation.job else "") or socket.gethostname()
@@ -146,7 +191,7 @@ class _Node:
             wish=args.node_rank or None,
             traits=own_traits,
         )
-        keeper = Keeper(profile, self._bounds(config), arbiter, links, listening=listening)
+        keeper = Keeper(profile, _bounds(self.invocation), arbiter, links, listening=listening)
         me = Holder.this_process()
         return ElasticRendezvous(
             keeper,
@@ -156,7 +201,7 @@ class _Node:
             take_generation=lambda number: publish_generation(self.folder.generations, number, me),
         )
 
-    def _port(self, config: Mapping[str, str], own_traits: Mapping[str, str]) -> int:
+    def _port(self, config: Mapping[str, str], own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
         from elastic_fit.launch.introduction import introduce, is_here, parse_endpoint
 
@@ -172,23 +217,8 @@ class _Node:
             return int(config.get("port", 0))
         if here:
             return endpoint[1] if is_free(endpoint[1]) else 0
-        is_first = FolderArbiter(self.folder.root / FOLDER).read() is None
-        introduce(endpoint, own_traits, is_first=is_first, tell=self.console.line)
+        introduce(endpoint, own_traits, is_first=_is_new(arbiter), tell=self.console.line)
         return int(config.get("port", 0))
-
-    def _bounds(self, config: Mapping[str, str]) -> Bounds:
-        from torch.distributed.run import parse_min_max_nnodes
-
-        least, most = parse_min_max_nnodes(self.invocation.torchrun.nnodes)
-        chosen = {field: float(config[key]) for key, field in BOUND_OF.items() if key in config}
-        return Bounds(least=least, most=most, **chosen)
-
-    def _arbiter(self, name: str) -> Arbiter:
-        if self.invocation.torchrun.rdzv_backend in ETCD_BACKENDS:
-            from elastic_fit.launch.etcd import EtcdArbiter
-
-            return EtcdArbiter.at(self.invocation.torchrun.rdzv_endpoint, name)
-        return FolderArbiter(self.folder.root / FOLDER)
 
     def _agent(self, ledger: Ledger, latch: SignalLatch, rendezvous: ElasticRendezvous) -> ClusterAgent:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -229,6 +259,7 @@ class _Node:
             rendezvous,
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
+            tally=self._tally,
             waiting=self._tell_wait,
             news=self._tell_news,
         )

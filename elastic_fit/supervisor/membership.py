@@ -202,11 +202,9 @@ def _run(view: View, roster: Roster) -> Move:
         return _knock(view, roster)
     gone = _gone_members(view, roster)
     if gone:
-        witnesses = sum(roster.seats(node) for node in view.peers) or 1
         longest = max(view.peers[node].quiet_s for node in gone)
         refused = all(view.peers[node].refused for node in gone)
-        hesitation = view.bounds.hesitation_s * max(len(gone), _quiet_members(view, roster)) / witnesses
-        if refused or longest >= view.bounds.silence_s + hesitation:
+        if refused or longest >= view.bounds.silence_s + _hesitation_s(view, roster, gone):
             return _call(view, roster, Cause.LOST, gone)
     if view.report is not None:
         return _call(view, roster, view.report)
@@ -217,10 +215,19 @@ def _run(view: View, roster: Roster) -> Move:
     return Train()
 
 
-def _quiet_members(view: View, roster: Roster) -> int:
-    """How many linked members have fallen silent, those included that are about to be missed."""
-    soon_s = view.bounds.fence_s - view.bounds.beat_s
-    return sum(roster.seats(node) and peer.quiet_s >= soon_s for node, peer in view.peers.items())
+def _hesitation_s(view: View, roster: Roster, gone: list[str]) -> float:
+    """How much longer a member that misses many waits before it accuses: the larger side of a cut goes first."""
+    bounds = view.bounds
+    soon_s = bounds.fence_s - bounds.beat_s
+    linked_members = [peer for node, peer in view.peers.items() if roster.seats(node)]
+    # Those included that are about to be missed.
+    quiet = sum(peer.quiet_s >= soon_s for peer in linked_members)
+    share = max(len(gone), quiet) / len(linked_members)
+    # Who is cut off rather than dead still counts in the arbiter, and will decide without this node.
+    beats = [view.peers[node].beat_age_s for node in gone]
+    alive = sum(age is not None and age < bounds.silence_s for age in beats)
+    is_smaller_side = 2 * alive > len(linked_members) + 1
+    return bounds.hesitation_s * (share**2 + (2 if is_smaller_side else 0))
 
 
 def _newcomers_due(view: View, roster: Roster) -> bool:

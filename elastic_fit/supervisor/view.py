@@ -21,7 +21,8 @@ class Bounds:
     silence_s: float = 4.0
     """A peer that was not heard for so long is lost."""
     hesitation_s: float = 1.0
-    """Who misses all its peers accuses so much later than who misses none: the larger side of a cut goes first."""
+    """Who misses all its peers accuses so much later than who misses few: the larger side of a cut goes first. It waits
+    twice as long on top where most of its peers are alive, and only out of its reach."""
     gather_s: float = 2.0
     """At the start of a job: how long after an arrival another one is waited for."""
     join_s: float = 0.5

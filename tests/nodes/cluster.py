@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from elastic_fit.supervisor.ledger import Event, read
 from elastic_fit.supervisor.roster import Roster
 
@@ -21,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 HOSTS = ROOT / "scripts" / "hosts"
 TRAIN = Path(__file__).with_name("train.py")
 FIT = Path(__file__).with_name("fit.py")
+OURS = "eft"
+"""What the names of our namespaces begin with; the pid of who made them follows."""
 COMMAND = (str(Path(sys.executable).with_name("elastic-fit")),)
 
 
@@ -35,26 +40,39 @@ class Launched:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def lines(self) -> list[str]:
+        """What the launcher itself has said."""
+        return [line for line in self.text().splitlines() if line.startswith("elastic-fit:")]
+
     def told(self, text: str) -> bool:
         """Whether the launcher itself has said this."""
-        return any(text in line for line in self.text().splitlines() if line.startswith("elastic-fit:"))
+        return any(text in line for line in self.lines())
 
 
 class Cluster:
     """Use as a context manager: the hosts go away with all that runs on them."""
 
-    def __init__(self, folder: Path, count: int, *, prefix: str = "eft") -> None:
+    def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
-        self._count = count
-        self._environment = {**os.environ, "ELASTIC_FIT_HOSTS": prefix, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.count = count
+        own = {"ELASTIC_FIT_HOSTS": f"{OURS}{os.getpid()}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **own}
         self._environment.pop("GLOO_SOCKET_IFNAME", None)
         self._launched = 0
+        self._notes: dict[str, list[dict[str, Any]]] = {}
+        self._read: dict[str, int] = {}
+        """Bytes of each file of notes that have been read."""
         self.launched: list[Launched] = []
 
     def __enter__(self) -> Cluster:
+        remove_orphans()
         self.hosts("down")
-        self.hosts("up", str(self._count))
+        try:
+            self.hosts("up", str(self.count))
+        except BaseException:
+            self.hosts("down")
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,13 +103,14 @@ class Cluster:
         *,
         flags: tuple[str, ...] = (),
         nodes: str = "1:4",
-        steps: int = 200,
+        steps: int = 100_000,
         step_s: float = 0.05,
         script: Path = FIT,
+        **environment: str,
     ) -> Launched:
         """Start a launcher that trains `steps` steps."""
         arguments = (str(script), str(self.folder), str(steps), str(step_s))
-        return self.run(host, "--nnodes", nodes, "--run-dir", str(self.run_dir), *flags, *arguments)
+        return self.run(host, "--nnodes", nodes, "--run-dir", str(self.run_dir), *flags, *arguments, **environment)
 
     def run(self, host: str, *args: str, command: tuple[str, ...] = COMMAND, **environment: str) -> Launched:
         """Start a launcher with these arguments, ours or another `command`."""
@@ -110,11 +129,33 @@ class Cluster:
         self.launched.append(launched)
         return launched
 
+    # what the script is told, see `fit.py`
+
+    def hold(self, place: str) -> None:
+        """From now on, who comes to that place of the script waits there."""
+        (self.folder / f"hold-{place}").touch()
+
+    def let_go(self, place: str) -> None:
+        """Those who wait there go on."""
+        (self.folder / f"hold-{place}").unlink()
+
+    def is_held(self, place: str) -> bool:
+        """Whether somebody has come there."""
+        return any(note["place"] == place for note in self.notes("held"))
+
+    def end_soon(self) -> int:
+        """Have the training end in a second or so; returns the last step."""
+        last = max(step["step"] for step in self.steps()) + 25
+        temporary = self.folder / "last-step.tmp"
+        temporary.write_text(str(last))
+        temporary.rename(self.folder / "last-step")
+        return last
+
     def story(self) -> str:
         """What all launchers have said, for a failed assertion."""
         return "\n".join(f"--- {launched.host}\n{launched.text()}" for launched in self.launched)
 
-    def wait_until(self, condition: Callable[[], object], timeout_s: float = 40.0) -> float:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = 90.0) -> float:
         """See `wait_until` below."""
         return wait_until(condition, timeout_s, self.story)
 
@@ -128,13 +169,29 @@ class Cluster:
 
     # what is seen
 
+    def notes(self, name: str) -> list[dict[str, Any]]:
+        """All that the script has noted under that name, in the order noted."""
+        path, notes = self.folder / f"{name}.jsonl", self._notes.setdefault(name, [])
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(self._read.get(name, 0))
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._read[name] = self._read.get(name, 0) + len(whole)
+            notes += map(json.loads, whole.splitlines())
+        return notes
+
     def steps(self) -> list[dict[str, Any]]:
         """All steps that any rank has noted, in the order noted."""
-        try:
-            lines = (self.folder / "steps.jsonl").read_text().splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines]
+        return self.notes("steps")
+
+    def samples(self) -> list[int]:
+        """All samples that have gone into the parameters. Of a step that was done twice, the later round counts."""
+        rounds: dict[int, dict[str, list[int]]] = {}
+        for note in self.notes("samples"):
+            rounds.setdefault(note["step"], {}).setdefault(note["port"], []).extend(note["samples"])
+        order = list(dict.fromkeys(note["port"] for note in self.notes("samples")))
+        return [one for by_port in rounds.values() for one in by_port[max(by_port, key=order.index)]]
 
     def trains_with(self, world: int, *, after: float = 0.0) -> bool:
         """Whether all ranks of a world of that size have done a step after that time."""
@@ -160,6 +217,14 @@ class Cluster:
 
     def processes(self, host: str) -> list[str]:
         return self.hosts("pids", host).split()
+
+
+def remove_orphans() -> None:
+    """Take down the hosts of test runs that were killed."""
+    found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for pid in set(re.findall(rf"^{OURS}(\d+)-", found, re.MULTILINE)):
+        if not psutil.pid_exists(int(pid)):
+            subprocess.run([str(HOSTS), "down"], env={**os.environ, "ELASTIC_FIT_HOSTS": f"{OURS}{pid}"}, check=True)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, tell: Callable[[], str] = str) -> float:

@@ -1,7 +1,10 @@
 """A Lightning script that knows nothing of nodes. Arguments: folder, optimizer steps, seconds a step.
 
-Each rank notes each step that it has done, and what its parameter was by then: every step adds one to it, on every
-world size, so that a step that was lost or done twice shows in the sum.
+Each rank notes the samples that it takes and each step that it has done, and what its parameter was by then: every
+step adds one to it, on every world size, so that a step that was lost or done twice shows in the sum.
+
+The test steers it by files in the folder: `last-step` ends the training at that step; while `hold-start`, `hold-save`
+or `hold-validation` is there, who comes to that place waits in it and notes so.
 """
 
 from __future__ import annotations
@@ -15,44 +18,83 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-FOLDER, STEPS, STEP_S = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+SAMPLES, SEED = 100_000, 7
+VALIDATE_EVERY = int(os.environ.get("VALIDATE_EVERY", "0"))
+SHARDED = bool(os.environ.get("SHARDED"))
+
+
+def note(trainer: pl.Trainer, name: str, **facts: Any) -> None:
+    """Leave a line in the folder's `name`.jsonl."""
+    who = {"rank": trainer.global_rank, "world": trainer.world_size, "host": os.uname().nodename}
+    record = {"t": time.time(), **who, "port": os.environ["MASTER_PORT"], **facts}
+    with (FOLDER / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def hold(trainer: pl.Trainer, place: str) -> None:
+    """Wait here for as long as the test says so."""
+    if not (FOLDER / f"hold-{place}").exists():
+        return
+    note(trainer, "held", place=place)
+    while (FOLDER / f"hold-{place}").exists():
+        time.sleep(0.05)
 
 
 class Counter(pl.LightningModule):
-    """Its only parameter counts the steps."""
+    """Its parameters count the steps: all of them are equal."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = torch.nn.Parameter(torch.zeros(()))
+        self.layer = torch.nn.Linear(4, 12, bias=False)  # 12 rows are dealt out evenly to 1, 2, 3 or 4
+        torch.nn.init.zeros_(self.layer.weight)
+
+    def configure_model(self) -> None:
+        if SHARDED:
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        note(self.trainer, "samples", step=self.trainer.global_step + 1, samples=batch.tolist())
         time.sleep(STEP_S)
-        return -self.count
+        return -self.layer(torch.ones(1, 4)).sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        hold(self.trainer, "validation")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        hold(self.trainer, "save")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
+    @property
+    def count(self) -> int:
+        """The steps done, as the parameters tell it."""
+        weight = self.layer.weight
+        return round(float((weight.to_local() if SHARDED else weight).mean()))
+
 
 class Notes(pl.Callback):
-    """Leaves a line per step and rank."""
+    """Leaves a line per step and rank, and ends the training at the step that the test has chosen."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        note = {
-            "t": time.time(),
-            "step": trainer.global_step,
-            "count": int(pl_module.count),
-            "rank": trainer.global_rank,
-            "world": trainer.world_size,
-            "host": os.uname().nodename,
-            "port": os.environ["MASTER_PORT"],
-        }
-        with (FOLDER / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(note) + "\n")
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        hold(trainer, "start")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Counter, *_: Any) -> None:
+        note(trainer, "steps", step=trainer.global_step, count=pl_module.count)
+        last = FOLDER / "last-step"
+        if last.exists() and trainer.global_step >= int(last.read_text()):
+            trainer.should_stop = True
 
 
 def main() -> None:
+    pl.seed_everything(SEED)
+    data = torch.arange(SAMPLES)
+    world = int(os.environ["WORLD_SIZE"])
+    sharded = {"strategy": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)} if SHARDED else {}
     trainer = pl.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
@@ -60,9 +102,14 @@ def main() -> None:
         callbacks=[Notes()],
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=2 if VALIDATE_EVERY else 0,
+        val_check_interval=VALIDATE_EVERY or None,
+        **sharded,
     )
-    trainer.fit(Counter(), DataLoader(torch.zeros(100_000), batch_size=1))
+    trainer.fit(Counter(), DataLoader(data, batch_size=1), DataLoader(data, batch_size=1))
 
 
 if __name__ == "__main__":
+    FOLDER, STEPS, STEP_S = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     main()

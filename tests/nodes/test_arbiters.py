@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import socket
 import subprocess
@@ -14,9 +16,10 @@ import pytest
 
 from elastic_fit.launch.arbiter import KEEP_VERSIONS, Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.etcd import EtcdArbiter
-from elastic_fit.supervisor.errors import UsageError
+from elastic_fit.supervisor.errors import StorageError, UsageError
 from elastic_fit.supervisor.roster import Phase, Roster
-from tests.nodes.cluster import TRAIN, Cluster
+from tests.nodes.cluster import Cluster
+from tests.nodes.endings import assert_it_ends_well
 
 
 def document(version: int, leader: str = "h1") -> bytes:
@@ -131,6 +134,17 @@ def test_folder_whose_mount_is_gone_decides_nothing(tmp_path: Path) -> None:
     assert not arbiter.store(3, document(3))
 
 
+def test_folder_without_hard_links_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="Operation not supported") as caught:
+        FolderArbiter(tmp_path).check()
+    assert "hard links" in caught.value.hint
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_etcd_without_an_endpoint_is_a_mistake_on_the_command_line() -> None:
     with pytest.raises(UsageError, match="--rdzv-endpoint"):
         EtcdArbiter.at("", "run")
@@ -153,22 +167,24 @@ def test_of_eight_nodes_that_want_to_decide_in_etcd_one_does_also_after_its_rest
 
 @pytest.mark.system
 @pytest.mark.slow
-def test_etcd_dies_and_nobody_stops_and_when_it_is_back_a_host_may_die(tmp_path: Path) -> None:
-    with Cluster(tmp_path, 3) as hosts:
-        start = ("exec", "h3", "etcd", "--enable-v2", "--data-dir", str(tmp_path / "etcd"), "--log-level", "error")
-        urls = ("--listen-client-urls", "http://0.0.0.0:2379", "--advertise-client-urls", "http://10.77.0.3:2379")
-        server = hosts.spawn(*start, *urls)
-        flags = ("--rdzv-backend", "etcd-v2", "--rdzv-endpoint", "h3:2379")
-        for host in ("h1", "h2"):
-            hosts.launch(host, steps=100_000, script=TRAIN, flags=flags)
-        hosts.wait_until(lambda: hosts.trains_with(2))
-        server.kill()
-        down = time.time()
-        time.sleep(9)  # longer than any node may be out of reach of the arbiter when only it is
-        assert hosts.trains_with(2, after=down + 8), hosts.story()
-        assert hosts.worlds() == [2]
-        hosts.spawn(*start, *urls)
-        hosts.wait_until(lambda: hosts.answers("h1", "http://h3:2379/version"))
-        killed = time.time()
-        hosts.kill_host("h2")
-        assert hosts.wait_until(lambda: hosts.trains_with(1, after=killed)) < 5, hosts.story()
+def test_etcd_dies_and_nobody_stops_and_when_it_is_back_a_host_may_die(hosts: Cluster, tmp_path: Path) -> None:
+    start = ("exec", "h3", "etcd", "--enable-v2", "--data-dir", str(tmp_path / "etcd"), "--log-level", "error")
+    urls = ("--listen-client-urls", "http://0.0.0.0:2379", "--advertise-client-urls", "http://10.77.0.3:2379")
+    server = hosts.spawn(*start, *urls)
+    flags = ("--rdzv-backend", "etcd-v2", "--rdzv-endpoint", "h3:2379")
+    started = [hosts.launch(host, flags=flags) for host in ("h1", "h2")]
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    server.kill()
+    down = time.time()
+    time.sleep(9)  # longer than any node may be out of reach of the arbiter when only it is
+    assert hosts.trains_with(2, after=down + 8), hosts.story()
+    assert hosts.worlds() == [2]
+    hosts.spawn(*start, *urls)
+    hosts.wait_until(lambda: hosts.answers("h1", "http://h3:2379/version"))
+    killed = time.time()
+    hosts.kill_host("h2")
+    assert hosts.wait_until(lambda: hosts.trains_with(1, after=killed)) < 5, hosts.story()
+    came = time.time()
+    newcomer = hosts.launch("h4", flags=flags)
+    hosts.wait_until(lambda: hosts.trains_with(2, after=came))
+    assert_it_ends_well(hosts, started[0], newcomer, server="h3")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from elastic_fit.supervisor.roster import refusal
-from tests.nodes.cluster import HOSTS, TRAIN, Cluster
+from elastic_fit.supervisor.roster import Cause, Phase, refusal
+from tests.nodes.cluster import FIT, HOSTS, TRAIN, Cluster
+from tests.nodes.endings import assert_it_ends_well
 
 ARGUMENTS = ("/nowhere", "10", "0.1")
 
 
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Cluster]:
-    with Cluster(tmp_path, 4) as cluster:
-        yield cluster
+def pretend_version(folder: Path, package: str) -> Path:
+    """A folder for PYTHONPATH with which a package says that it is version 99.0."""
+    root = folder / f"other-{package}"
+    info = root / f"{package}-99.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 99.0\n")
+    return root
 
 
 def test_node_with_another_version_is_told_which_one_the_job_has() -> None:
@@ -33,40 +37,98 @@ def test_node_with_another_version_is_told_which_one_the_job_has() -> None:
 @pytest.mark.system
 @pytest.mark.slow
 def test_job_waits_for_its_minimum_and_a_spare_takes_the_seat_of_a_lost_node(hosts: Cluster) -> None:
-    first = hosts.launch("h1", nodes="2:2", steps=100_000, script=TRAIN)
+    first = hosts.launch("h1", nodes="2:2")
     hosts.wait_until(lambda: first.told("1 of at least 2 nodes are here; giving up in"))
     launcher = psutil.Process(first.process.pid)
     before, began = sum(launcher.cpu_times()[:2]), time.monotonic()
-    second = hosts.launch("h2", nodes="2:2", steps=100_000, script=TRAIN)
+    second = hosts.launch("h2", nodes="2:2")
     hosts.wait_until(lambda: hosts.trains_with(2))
     waited_busy = (sum(launcher.cpu_times()[:2]) - before) / (time.monotonic() - began)
     assert waited_busy < 0.2, "who waits does not poll"
 
-    spare = hosts.launch("h3", nodes="2:2", steps=100_000, script=TRAIN)
+    spare = hosts.launch("h3", nodes="2:2")
     hosts.wait_until(lambda: spare.told("a spare: all 2 places are taken"))
-    killed = time.time()
     hosts.kill_host("h2")
-    assert hosts.wait_until(lambda: hosts.trains_with(2, after=killed)) < 3, hosts.story()
+    killed = time.time()
+    assert hosts.wait_until(lambda: hosts.trains_with(2, after=killed)) < 5, hosts.story()
     assert hosts.worlds() == [2, 2]
-    assert {step["host"] for step in hosts.steps() if step["t"] > killed + 3} <= {"h1", "h3"}
     assert second.process.wait(5) != 0
+    assert_it_ends_well(hosts, first, spare)
 
 
 @pytest.mark.system
 @pytest.mark.slow
-def test_two_newcomers_cause_one_change_and_another_script_is_refused_by_name(hosts: Cluster, tmp_path: Path) -> None:
-    hosts.launch("h1", steps=100_000, script=TRAIN)
+def test_two_newcomers_cause_one_change_and_strangers_are_refused_by_name(hosts: Cluster, tmp_path: Path) -> None:
+    first = hosts.launch("h1")
     hosts.wait_until(lambda: hosts.trains_with(1))
     other = tmp_path / "other.py"
-    shutil.copy(TRAIN, other)
-    other.write_text(other.read_text() + "# changed\n")
-    refused = hosts.launch("h4", steps=100_000, script=other)
-    hosts.launch("h2", steps=100_000, script=TRAIN)
-    hosts.launch("h3", steps=100_000, script=TRAIN)
+    other.write_text(FIT.read_text() + "# changed\n")
+    changed = hosts.launch("h4", script=other)
+    versioned = [
+        hosts.launch("h4", PYTHONPATH=str(pretend_version(tmp_path, name))) for name in ("torch", "elastic_fit")
+    ]
+    newcomers = [hosts.launch("h2"), hosts.launch("h3")]
     hosts.wait_until(lambda: hosts.trains_with(3))
     assert hosts.worlds() == [1, 3]
-    assert refused.process.wait(30) == 1
-    assert refused.told("refused h4: it has script (digest)"), refused.text()
+    assert [one.process.wait(30) for one in (changed, *versioned)] == [1, 1, 1]
+    assert changed.told("refused h4: it has script (digest)"), changed.text()
+    assert versioned[0].told("refused h4: it has torch 99.0, the job has 2."), versioned[0].text()
+    assert versioned[1].told("refused h4: it has elastic-fit 99.0, the job has 0."), versioned[1].text()
+    assert_it_ends_well(hosts, first, *newcomers)
+
+
+@pytest.mark.system
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["save", "validation", "start"])
+def test_node_that_comes_while_the_others_are_busy_is_taken_in_once_they_are_done(hosts: Cluster, place: str) -> None:
+    busy = {"VALIDATE_EVERY": "30"} if place == "validation" else {}
+    flags = ("--checkpoint-steps", "30") if place == "save" else ()
+    hosts.hold(place)
+    started = [hosts.launch(host, flags=flags, **busy) for host in ("h1", "h2")]
+    hosts.wait_until(lambda: hosts.is_held(place))
+    newcomer = hosts.launch("h3", flags=flags, **busy)
+    hosts.wait_until(lambda: hosts.roster().phase is Phase.GATHERING)
+    assert hosts.roster().cause is Cause.JOIN
+    hosts.let_go(place)
+    hosts.wait_until(lambda: hosts.trains_with(3))
+    assert hosts.worlds() in ([2, 3], [3]), hosts.story()
+    assert_it_ends_well(hosts, *started, newcomer)
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_node_that_comes_during_a_restart_is_taken_in_with_it_or_right_after_it(hosts: Cluster) -> None:
+    started = [hosts.launch(host) for host in ("h1", "h2")]
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    hosts.hold("start")
+    pids = hosts.events("workers_started")[-1]["pids"]
+    failed = time.time()
+    os.kill(int(next(iter(pids.values()))), signal.SIGKILL)
+    newcomer = hosts.launch("h3")
+    hosts.wait_until(lambda: hosts.is_held("start"))
+    hosts.wait_until(lambda: newcomer.told("waiting to be let in") or hosts.roster().phase is Phase.GATHERING)
+    hosts.let_go("start")
+    hosts.wait_until(lambda: hosts.trains_with(3, after=failed))
+    assert_it_ends_well(hosts, *started, newcomer)
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_host_that_comes_and_goes_is_put_off_by_name_while_the_other_trains(hosts: Cluster) -> None:
+    first = hosts.launch("h1")
+    hosts.wait_until(lambda: hosts.trains_with(1))
+    for _ in range(2):
+        came = time.time()
+        flapping = hosts.launch("h2")
+        hosts.wait_until(lambda came=came: hosts.trains_with(2, after=came))
+        went = time.time()
+        hosts.kill_agent(flapping)
+        hosts.wait_until(lambda went=went: hosts.trains_with(1, after=went))
+    back = hosts.launch("h2")
+    hosts.wait_until(lambda: back.told("put off for 5 s: h2 was lost 2 times soon after it had come"))
+    put_off = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(2, after=put_off))
+    assert_it_ends_well(hosts, first, back)
 
 
 @pytest.mark.system
@@ -75,7 +137,7 @@ def test_node_that_sees_another_folder_is_refused_by_name_and_trains_nothing(hos
     endpoint = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29400")
     lost = hosts.run("h2", *endpoint, "--nnodes", "1:4", "--run-dir", str(tmp_path / "mine"), str(TRAIN), *ARGUMENTS)
     hosts.wait_until(lambda: lost.told("the run folder is empty: looking for h1:29400"))
-    hosts.launch("h1", steps=100_000, script=TRAIN, flags=endpoint)
+    hosts.launch("h1", script=TRAIN, flags=endpoint)
     assert lost.process.wait(30) == 1
     assert lost.told("h2 can't be part of the job of h1:29400: it has run folder (id)"), lost.text()
     hosts.wait_until(lambda: hosts.trains_with(1))
@@ -85,7 +147,7 @@ def test_node_that_sees_another_folder_is_refused_by_name_and_trains_nothing(hos
 @pytest.mark.system
 @pytest.mark.slow
 def test_sigterm_to_one_node_saves_and_ends_the_job_on_all_with_75(hosts: Cluster) -> None:
-    started = [hosts.launch(host, steps=100_000) for host in ("h1", "h2")]
+    started = [hosts.launch(host) for host in ("h1", "h2")]
     hosts.wait_until(lambda: hosts.trains_with(2))
     started[1].process.terminate()
     assert [one.process.wait(30) for one in started] == [75, 75], hosts.story()

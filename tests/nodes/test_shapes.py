@@ -1,0 +1,46 @@
+"""Nodes that differ in size, and parameters that are sharded over them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.nodes.cluster import Cluster
+from tests.nodes.endings import assert_it_ends_well
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+
+def test_nodes_of_different_sizes_keep_their_ranks_and_tell_the_same(hosts: Cluster) -> None:
+    sizes = {"h1": 2, "h2": 1, "h3": 1}
+    started = {host: hosts.launch(host, flags=("--nproc-per-node", str(size))) for host, size in sizes.items()}
+    hosts.wait_until(lambda: hosts.trains_with(4))
+    before = [member.name for member in hosts.roster().members]
+    dies = before[1]
+    killed = time.time()
+    hosts.kill_host(dies)
+    left = sum(sizes.values()) - sizes[dies]
+    hosts.wait_until(lambda: hosts.trains_with(left, after=killed))
+    assert [member.name for member in hosts.roster().members] == [before[0], before[2]]
+    survivors = [started[before[0]], started[before[2]]]
+    rounds = [[line for line in one.lines() if " nodes    " in line] for one in survivors]
+    assert rounds[0] == rounds[1], hosts.story()
+    assert f"2 nodes: {before[0]}, {before[2]}; without {dies}; going on from step" in rounds[0][-1]
+    assert_it_ends_well(hosts, *survivors)
+
+
+def test_sharded_parameters_are_dealt_out_anew_over_the_nodes_that_are_left_and_those_that_come(hosts: Cluster) -> None:
+    flags = ("--checkpoint-steps", "10")
+    started = [hosts.launch(host, flags=flags, SHARDED="1") for host in ("h1", "h2", "h3")]
+    hosts.wait_until(lambda: hosts.trains_with(3))
+    hosts.wait_until(lambda: hosts.events("save"))
+    killed = time.time()
+    hosts.kill_host("h3")
+    hosts.wait_until(lambda: hosts.trains_with(2, after=killed))
+    came = time.time()
+    newcomer = hosts.launch("h4", flags=flags, SHARDED="1")
+    hosts.wait_until(lambda: hosts.trains_with(3, after=came))
+    # A dead node takes its shards with it: the steps since the last checkpoint are done again.
+    assert_it_ends_well(hosts, *started[:2], newcomer, repeats=True)
+    assert len(hosts.repeated()) <= 10
