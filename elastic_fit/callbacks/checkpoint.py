@@ -23,6 +23,7 @@ from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
 from elastic_fit.callbacks.stop import Stopper
 from elastic_fit.callbacks.trace import StepTrace
+from elastic_fit.supervisor.board import Word
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.store import CheckpointStore, LastN, surplus
@@ -417,6 +418,7 @@ class RunCheckpoint(ElasticCheckpoint):
             return
         early = any(isinstance(one, EarlyStopping) and one.stopped_epoch for one in _lightning.callbacks_of(trainer))
         self.save_now(trainer, "final", finished=True, ended_early=early)
+        self._worker.board[Word.END_UNSAVED] = int(self._seals is not None and self._seals.last_failure is not None)
 
 
 class _Purposeful:

@@ -409,8 +409,10 @@ class ElasticAgent(TorchelasticAgent):
         self._fx.observer.recovered(total, min(board[Word.STEP] for board in boards))
 
     def _finished(self, attempt: Attempt) -> Result:
+        # Who reads 0 takes the trained model to be there.
+        is_unsaved = any(board[Word.END_UNSAVED] for board in attempt.boards)
         attempt.finish()
-        self.status = Status.FINISHED
+        self.status = Status.STORAGE if is_unsaved else Status.FINISHED
         self.wait_for_other_nodes()
         return Result(succeeded=True)
 

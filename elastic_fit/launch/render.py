@@ -147,6 +147,8 @@ class Console:
             f"{status.name.lower()} (exit {int(status)}): {goodput.steps} steps, {goodput.restarts} restarts, "
             f"{goodput.repeated} steps repeated{share}"
         )
+        if status is Status.STORAGE:
+            self.line("hint     the training has ended but its end is not on disk: free some space and start it again")
         for text in goodput.save_failures[-3:]:
             self.line(f"a save failed: {text}", style="31")
 

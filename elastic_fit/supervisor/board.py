@@ -80,6 +80,8 @@ class Word(IntEnum):
     SIGNALLED_NS = 21
     RESCUED_STEP = 22
     """The step of the state that this worker has rescued."""
+    END_UNSAVED = 23
+    """1 where the last ``fit`` has ended and its end could not be saved."""
     STAMPS = 32
     """First of the words that hold, per phase, when it was first entered."""
     # down: written by the agent
