@@ -33,7 +33,10 @@ class _Stream:
         self.source = source
         self._console = route.console
         self._prefix = route.prefix.encode()
-        self._log = os.open(route.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._path = route.log
+        self._log: int | None = None
+        with contextlib.suppress(OSError):  # `_keep` tries again, and says what is missing
+            self._log = self._open()
         self._line = b""
         self._lost_bytes = 0
 
@@ -50,10 +53,15 @@ class _Stream:
         self._show(data)
         return True
 
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
     def _keep(self, data: bytes) -> None:
         """Into the file; a disk that refuses must not hold the worker up, and the file says what it lacks."""
         left = memoryview(data)
         try:
+            if self._log is None:
+                self._log = self._open()
             if self._lost_bytes:
                 gap = f"\n[elastic-fit: {self._lost_bytes} bytes are missing here: the disk refused them]\n"
                 _write_all(self._log, gap.encode())
@@ -75,7 +83,8 @@ class _Stream:
 
     def close(self) -> None:
         os.close(self.source)
-        os.close(self._log)
+        if self._log is not None:
+            os.close(self._log)
 
 
 class Streams:

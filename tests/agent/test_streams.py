@@ -84,6 +84,22 @@ def test_full_disk_under_the_logs_holds_no_worker_up(tmp_path: Path) -> None:
     assert os.read(reader, 4) == b"a\nb\n"
 
 
+def test_log_that_could_not_be_made_is_made_as_soon_as_it_can_be(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "later" / "log", console=writer))
+    streams.start()
+    os.write(sink, b"lost\n")
+    assert os.read(reader, 100) == b"lost\n"
+    (tmp_path / "later").mkdir()
+    os.write(sink, b"kept\n")
+    os.close(sink)
+    streams.finish()
+    assert (tmp_path / "later" / "log").read_bytes() == (
+        b"\n[elastic-fit: 5 bytes are missing here: the disk refused them]\nkept\n"
+    )
+
+
 def test_log_says_what_it_lacks_when_the_disk_has_room_again(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     streams = Streams()
