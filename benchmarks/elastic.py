@@ -163,7 +163,7 @@ def measure(arm: Arm, case: Case, limit_s: float) -> Outcome:
 
 
 def _warm_s(cluster: Cluster, back: float) -> float | None:
-    met = [event for event in cluster.events("rendezvous") if event["host"] == "h3"]
+    met = [event for event in cluster.events("rendezvous") if event.host == "h3"]
     return back - (met[0].t - met[0]["seconds"]) if met else None
 
 
