@@ -25,8 +25,9 @@ from elastic_fit.callbacks.stop import Stopper
 from elastic_fit.callbacks.trace import StepTrace
 from elastic_fit.supervisor.board import Word
 from elastic_fit.supervisor.context import ResumePoint
+from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.ledger import Ledger
-from elastic_fit.supervisor.store import CheckpointStore, LastN, surplus
+from elastic_fit.supervisor.store import CheckpointStore, LastN, is_remote, open_store, surplus
 
 log = logging.getLogger("elastic_fit")
 
@@ -138,11 +139,15 @@ class ElasticCheckpoint(ModelCheckpoint):
             return
         self._seals = Seals.of(trainer)
         self._seals.finite_check = self.finite_check
-        if "://" not in str(self.dirpath):
-            store = self._make_store(Path(self.dirpath))
-            self._seals.add(Path(self.dirpath), store)
-            if trainer.is_global_zero and session.current() is None:
-                store.sweep()  # under the launcher, it has been done
+        if is_remote(self.dirpath) and not _lightning.writes_plain_files(trainer.strategy):
+            raise UsageError(
+                f"{type(trainer.strategy).__name__} writes shards, which {self.dirpath} can't take",
+                hint="save sharded checkpoints to a folder of a file system that all nodes share",
+            )
+        store = self._make_store(self.dirpath)
+        self._seals.add(self.dirpath, store)
+        if trainer.is_global_zero and session.current() is None:
+            store.sweep()  # under the launcher, it has been done
         path = choose(self.resume, self.dirpath, trainer)
         if path is not None:
             _lightning.resume_from(trainer, path)
@@ -156,8 +161,9 @@ class ElasticCheckpoint(ModelCheckpoint):
     def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
         return companions(trainer)
 
-    def _make_store(self, root: Path) -> CheckpointStore:
-        return CheckpointStore(root)
+    def _make_store(self, root: Path | str) -> CheckpointStore:
+        worker = session.current()
+        return worker.store(root) if worker else open_store(root)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; what was counted before a restart still counts."""
@@ -268,7 +274,7 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _let_go(self, trainer: pl.Trainer) -> None:
         """Remove what retention doesn't keep: never what is ranked, and never the last valid one."""
-        place = self._seals.store_of(Path(str(self.dirpath)) / "x") if self._seals else None
+        place = self._seals.store_of(os.path.join(str(self.dirpath), "x")) if self._seals else None
         if self._seals is None or place is None or (self.keep is None and self.monitor is None):
             return
         ranked = {os.path.basename(path) for path in (*self.best_k_models, self.last_model_path)}
@@ -379,9 +385,6 @@ class RunCheckpoint(ElasticCheckpoint):
         if settings.trace_steps:
             found.append(StepTrace(Ledger(self._worker.folder.trace), self._worker.fits))
         return found
-
-    def _make_store(self, root: Path) -> CheckpointStore:
-        return self._worker.store(root)
 
     def _is_off(self, trainer: pl.Trainer) -> bool:
         return not self._active or super()._is_off(trainer)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from elastic_fit.supervisor.errors import NoValidCheckpoint
-from elastic_fit.supervisor.store import latest_valid, verify
+from elastic_fit.supervisor.store import is_remote, latest_valid, local_path, verify
 
 
 def choose(
@@ -28,7 +27,7 @@ def choose(
         return None
     answer: tuple[str | None, str | None] = (None, None)
     if trainer.is_global_zero:
-        answer = _newest(dirpath) if resume == "auto" else _named(Path(resume).resolve())
+        answer = _newest(dirpath) if resume == "auto" else _named(os.fspath(resume))
     path, refusal = trainer.strategy.broadcast(answer)
     if refusal:
         raise NoValidCheckpoint(refusal, hint="move the folder away to start over, or give resume= a checkpoint")
@@ -38,7 +37,7 @@ def choose(
 def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | None]:
     if dirpath is None:
         return None, "resume='auto' needs to know the folder: give ElasticCheckpoint a dirpath"
-    selection = latest_valid(Path(dirpath))
+    selection = latest_valid(os.fspath(dirpath))
     for one in selection.rejected:
         rank_zero_info(f"elastic-fit: not resuming from {one.path}: {one.why}")
     if selection.chosen is not None:
@@ -49,6 +48,7 @@ def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | N
     return None, None
 
 
-def _named(path: Path) -> tuple[str | None, str | None]:
+def _named(path: str) -> tuple[str | None, str | None]:
+    path = path if is_remote(path) else str(local_path(path).resolve())
     verdict = verify(path)
-    return (str(path), None) if verdict.valid else (None, f"{path} can't be resumed from: {verdict.why}")
+    return (path, None) if verdict.valid else (None, f"{path} can't be resumed from: {verdict.why}")

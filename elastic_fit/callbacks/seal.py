@@ -27,7 +27,7 @@ from elastic_fit.callbacks.collective import gather
 from elastic_fit.callbacks.randomness import is_saving_alone
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
-from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged
+from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged, is_remote
 
 log = logging.getLogger("elastic_fit")
 
@@ -53,7 +53,7 @@ class Seals:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
-        self._stores: dict[Path, CheckpointStore] = {}
+        self._stores: dict[str, CheckpointStore] = {}
         strategy = trainer.strategy
         self._save = strategy.save_checkpoint
         self._remove = strategy.remove_checkpoint
@@ -70,21 +70,21 @@ class Seals:
         found = getattr(trainer.strategy, _WRAPPED, None)
         return found if isinstance(found, Seals) else cls(trainer)
 
-    def add(self, root: Path, store: CheckpointStore) -> None:
-        """Seal everything that is saved below `root`."""
-        self._stores[Path(os.path.abspath(root))] = store
+    def add(self, root: str | Path, store: CheckpointStore) -> None:
+        """Seal everything that is saved below `root`, a folder or a URL."""
+        self._stores[_absolute(root)] = store
 
     def store_of(self, path: str | Path) -> tuple[CheckpointStore, str] | None:
         """The store that a path belongs to and its name there, or None."""
-        absolute = Path(os.path.abspath(path))
+        absolute = _absolute(path)
         for root, store in self._stores.items():
-            if root in absolute.parents:
-                return store, absolute.relative_to(root).as_posix()
+            if absolute.startswith(root + "/"):
+                return store, absolute[len(root) + 1 :]
         return None
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """What ``strategy.save_checkpoint`` does now."""
-        place = self.store_of(filepath) if "://" not in str(filepath) else None
+        place = self.store_of(filepath)
         if place is None:
             self._save(checkpoint, filepath, storage_options=storage_options)
             return
@@ -187,7 +187,7 @@ class Seals:
 
     def remove(self, filepath: Any) -> None:
         """What ``strategy.remove_checkpoint`` does now: manifest first, then data."""
-        place = self.store_of(filepath) if "://" not in str(filepath) else None
+        place = self.store_of(filepath)
         if place is None:
             self._remove(filepath)
         elif self._trainer.is_global_zero:
@@ -215,6 +215,10 @@ class Seals:
             worker = session.current()
             if worker is not None:
                 worker.ledger.write("cleanup_failed", error=error.message)
+
+
+def _absolute(place: str | Path) -> str:
+    return str(place).rstrip("/") if is_remote(place) else os.path.abspath(str(place).removeprefix("file://"))
 
 
 def persist(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:

@@ -10,7 +10,7 @@ from elastic_fit.supervisor.board import Board
 from elastic_fit.supervisor.context import ResumePoint, WorkerContext
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import CheckpointStore, GenerationFence
+from elastic_fit.supervisor.store import CheckpointStore, GenerationFence, open_store
 
 
 @dataclass(slots=True)
@@ -38,10 +38,10 @@ class Session:
         self.fits += 1
         return self.fits, self.context.resume_point(self.fits)
 
-    def store(self, root: Path) -> CheckpointStore:
+    def store(self, root: Path | str) -> CheckpointStore:
         """The checkpoints in `root`, fenced by this worker's generation."""
         generation = self.context.generation
-        return CheckpointStore(root, fence=GenerationFence(self.folder, generation), generation=generation)
+        return open_store(root, fence=GenerationFence(self.folder, generation), generation=generation)
 
 
 _session: Session | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import CheckpointStore, Verdict, verify
+from elastic_fit.supervisor.store import CheckpointStore, Verdict, is_remote, local_path, open_store, verify
 
 SCHEMA_VERSION = 1
 
@@ -32,33 +32,48 @@ class Listed:
     """When it was committed, seconds since the epoch, on the writer's wall clock."""
 
 
-def inventory(path: Path, *, deep: bool = False) -> list[Listed]:
+def inventory(place: str, *, deep: bool = False) -> list[Listed]:
     """Everything below a run folder or a folder of checkpoints, or one checkpoint, newest first.
 
     Args:
-        path: a run folder, a folder of checkpoints, or a checkpoint.
+        place: a run folder, a folder of checkpoints, or a checkpoint; a path or a URL.
         deep: compare digests, reading every byte; else names and sizes only.
 
-    Raises UsageError where there is nothing at `path`, StorageError where a folder can't be read.
+    Raises UsageError where there is nothing at `place`, StorageError where a folder can't be read.
     """
-    if not path.exists():
-        raise UsageError(f"there is no {path}", hint="give a run folder (runs/<name>) or a checkpoint")
-    if path.is_file() or path.suffix == ".ckpt":
-        path = path.resolve()  # last.ckpt may be a link
-        return [_listed(path, verify(path, deep=deep))]
-    found = [one for store in _stores(path) for one in store.scan(deep=deep)]
-    listed = [_listed(each, verdict) for each, verdict in found]
+    if is_checkpoint(place):
+        one = place if is_remote(place) else str(local_path(place).resolve())  # last.ckpt may be a link
+        return [_listed(one, verify(one, deep=deep))]
+    found = [one for store in stores(place) for one in store.scan(deep=deep)]
+    listed = [_listed(str(each), verdict) for each, verdict in found]
     return sorted(listed, key=lambda one: (one.step is not None, one.step, one.generation, one.created), reverse=True)
 
 
-def _stores(folder: Path) -> list[CheckpointStore]:
+def is_checkpoint(place: str) -> bool:
+    """Whether `place` names one checkpoint. Raises UsageError where a path names nothing."""
+    if is_remote(place):
+        return place.endswith(".ckpt")
+    path = local_path(place)
+    if not path.exists():
+        raise UsageError(f"there is no {path}", hint="give a run folder (runs/<name>) or a checkpoint")
+    return path.is_file() or path.suffix == ".ckpt"
+
+
+def stores(place: str, *, generation: int = 0) -> list[CheckpointStore]:
+    """The folders of checkpoints of a run, or the one at `place`. Raises UsageError where a URL holds none."""
+    if is_remote(place):
+        store = open_store(place, generation=generation)
+        if not store.candidates():
+            raise UsageError(f"there are no checkpoints in {place}", hint="give the URL that they were saved to")
+        return [store]
+    folder = local_path(place)
     run = RunDir(folder)
     if not run.identity.exists():
-        return [CheckpointStore(folder)]
+        return [CheckpointStore(folder, generation=generation)]
     if not run.checkpoints.is_dir():
         return []
     nested = sorted(entry for entry in run.checkpoints.rglob("*") if _may_hold(entry, run.checkpoints))
-    return [CheckpointStore(each) for each in (run.checkpoints, *nested)]
+    return [CheckpointStore(each, generation=generation) for each in (run.checkpoints, *nested)]
 
 
 def _may_hold(entry: Path, root: Path) -> bool:
@@ -68,10 +83,10 @@ def _may_hold(entry: Path, root: Path) -> bool:
     return not inside and not entry.is_symlink() and entry.is_dir()
 
 
-def _listed(path: Path, verdict: Verdict) -> Listed:
+def _listed(path: str, verdict: Verdict) -> Listed:
     manifest = verdict.manifest
     return Listed(
-        path=str(path),
+        path=path,
         step=manifest.step if manifest else None,
         epoch=manifest.epoch if manifest else None,
         kind=manifest.kind if manifest else None,

@@ -11,7 +11,15 @@ from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import Checkpoint, CheckpointStore, Rejected, Selection, newest_generation, verify
+from elastic_fit.supervisor.store import (
+    Checkpoint,
+    CheckpointStore,
+    Rejected,
+    Selection,
+    Url,
+    newest_generation,
+    verify,
+)
 
 if TYPE_CHECKING:
     from elastic_fit.launch.parser import Invocation
@@ -99,7 +107,7 @@ class ResumeChooser:
         chosen = Checkpoint(path=path, manifest=verdict.manifest)
         return Selection(chosen=chosen, rejected=rejected, verified=verdict.depth if verdict.valid else "forced")
 
-    def _tell_rejected(self, chosen: Path, selection: Selection) -> None:
+    def _tell_rejected(self, chosen: Path | Url, selection: Selection) -> None:
         for one in selection.rejected:
             if one not in self._told:
                 self._told.add(one)
@@ -124,7 +132,7 @@ def _point(fit: int, chosen: Checkpoint) -> ResumePoint:
     manifest = chosen.manifest
     return ResumePoint(
         fit=fit,
-        path=str(Path(chosen.path).absolute()),
+        path=str(Path(str(chosen.path)).absolute()),
         step=manifest.step,
         generation=manifest.generation,
         kind=manifest.kind,

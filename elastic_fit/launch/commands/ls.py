@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from elastic_fit.launch.commands.arguments import ArgumentParser
 from elastic_fit.launch.inventory import Listed, as_record, inventory
@@ -20,7 +19,7 @@ def main(argv: Sequence[str], console: Console) -> int:
         description="List a run's checkpoints, newest first, with what is wrong with each. Names and sizes are "
         "looked at, not every byte: `elastic-fit verify --deep` does that.",
     )
-    parser.add_argument("path", metavar="RUN_DIR", type=Path, help="a run folder, or any folder of checkpoints")
+    parser.add_argument("path", metavar="RUN_DIR", help="a run folder, or any folder of checkpoints; also s3://...")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
     args = parser.parse_args(argv)
     listed = inventory(args.path)

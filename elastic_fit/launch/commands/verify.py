@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from elastic_fit.launch.commands.arguments import ArgumentParser
 from elastic_fit.launch.commands.ls import show
@@ -17,7 +16,9 @@ def main(argv: Sequence[str], console: Console) -> int:
         prog="elastic-fit verify",
         description="Check checkpoints against their manifests. Exit status 1 where one of them can't be resumed from.",
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="a run folder, a folder of checkpoints, or one of them")
+    parser.add_argument(
+        "path", metavar="PATH", help="a run folder, a folder of checkpoints, or one of them; also s3://..."
+    )
     parser.add_argument("--deep", action="store_true", help="read every byte and compare digests")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
     args = parser.parse_args(argv)

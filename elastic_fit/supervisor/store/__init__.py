@@ -26,9 +26,11 @@ from elastic_fit.supervisor.store.folder import (
     Rejected,
     Selection,
     latest_valid,
+    open_store,
 )
 from elastic_fit.supervisor.store.generation import Fence, GenerationFence, Holder, Lease, hold, newest_generation
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
+from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, surplus
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
@@ -58,10 +60,14 @@ __all__ = [
     "SaveFailed",
     "Selection",
     "Staged",
+    "Url",
     "Verdict",
     "hold",
+    "is_remote",
     "latest_valid",
+    "local_path",
     "newest_generation",
+    "open_store",
     "surplus",
     "verify",
 ]

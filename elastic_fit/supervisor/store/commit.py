@@ -32,6 +32,7 @@ from elastic_fit.supervisor.store.verify import remember
 
 if TYPE_CHECKING:
     from elastic_fit.supervisor.store.folder import Checkpoint
+    from elastic_fit.supervisor.store.objects import Url
 
 log = logging.getLogger("elastic_fit")
 
@@ -39,7 +40,7 @@ log = logging.getLogger("elastic_fit")
 class SaveFailed(StorageError):
     """A checkpoint could not be written; the ones before it are as they were."""
 
-    def __init__(self, path: Path, error: OSError) -> None:
+    def __init__(self, path: Path | Url, error: OSError) -> None:
         super().__init__(
             f"could not write {path}: {error.strerror or error}",
             hint="the checkpoints before it are untouched; free some space or mend the storage",

@@ -13,6 +13,7 @@ from elastic_fit.supervisor.store.commit import SaveFailed, Staged
 from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, exists, hidden_path, make_folders, remove_tree
 from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.manifest import SUFFIX, Manifest, check_relative
+from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.trust import check_folder
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
@@ -21,7 +22,8 @@ from elastic_fit.supervisor.store.verify import Verdict, verify
 class Checkpoint:
     """A committed checkpoint."""
 
-    path: Path
+    path: Path | Url
+    """A URL where it is in an object store."""
     manifest: Manifest
 
 
@@ -29,7 +31,7 @@ class Checkpoint:
 class Rejected:
     """A candidate that can't be used."""
 
-    path: Path
+    path: Path | Url
     why: str
 
 
@@ -204,11 +206,27 @@ class CheckpointStore:
         except OSError as error:
             raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
 
+    def leftovers(self) -> list[str]:
+        """What a `sweep` would deal with. Raises StorageError where the folder can't be read."""
+        try:
+            return leftovers.found(self.root, self.generation)
+        except OSError as error:
+            raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
+
 
 def _order(verdict: Verdict) -> tuple[int, int, bool]:
     return verdict.manifest.order if verdict.manifest else (-1, -1, False)
 
 
-def latest_valid(path: Path | str) -> Selection:
-    """The newest valid checkpoint in a folder, with the reasons against newer ones."""
-    return CheckpointStore(path).latest_valid()
+def open_store(place: Path | Url | str, *, fence: Fence = NO_FENCE, generation: int = 0) -> CheckpointStore:
+    """The store in a folder, or at a URL such as ``s3://bucket/run``; arguments as for `CheckpointStore`."""
+    if is_remote(place):
+        from elastic_fit.supervisor.store.remote import RemoteStore
+
+        return RemoteStore(str(place), fence=fence, generation=generation)
+    return CheckpointStore(local_path(place), fence=fence, generation=generation)
+
+
+def latest_valid(path: Path | Url | str) -> Selection:
+    """The newest valid checkpoint in a folder or at a URL, with the reasons against newer ones."""
+    return open_store(path).latest_valid()

@@ -74,6 +74,17 @@ def sweep(root: Path, disk: Disk, fence: Fence, generation: int) -> list[str]:
     return swept
 
 
+def found(root: Path, generation: int) -> list[str]:
+    """What `sweep` would deal with, by name; nothing is touched."""
+    names = []
+    for entry in _entries(root):
+        hidden, aside = Hidden.parse(entry), split_aside(entry.removesuffix(SUFFIX))
+        token = hidden.token if hidden else Token.parse(aside[1]) if aside else None
+        if token is not None and token.is_nobodys(generation):
+            names.append(entry)
+    return names
+
+
 def _finish_data(path: Path, hidden: Hidden, disk: Disk) -> None:
     target = path.with_name(hidden.name)
     if not exists(target) and is_whole(path, of=target):

@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, Manifest, ManifestError, manifest_path
+from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.trust import distrust, open_below, walk
 
 CHUNK_BYTES = 4 << 20
@@ -36,16 +37,20 @@ class Verdict:
     process has read or written every byte before, and the files are unchanged)."""
 
 
-def verify(path: Path | str, *, deep: bool = True) -> Verdict:
+def verify(path: Path | Url | str, *, deep: bool = True) -> Verdict:
     """Check one checkpoint against its manifest.
 
     Args:
-        path: the checkpoint: a file or a folder of shards.
+        path: the checkpoint: a file, a folder of shards, or the URL of an object.
         deep: compare the digest of every byte; else only names, kinds and sizes.
 
     Never raises for what is wrong with the checkpoint; that is the verdict.
     """
-    data = Path(os.path.abspath(path))
+    if is_remote(path):
+        from elastic_fit.supervisor.store.remote import verify_object
+
+        return verify_object(Url(str(path)), deep=deep)
+    data = Path(os.path.abspath(local_path(path)))
     if not data.name:
         return Verdict(valid=False, why="it is no checkpoint")
     try:
@@ -62,6 +67,11 @@ def verify(path: Path | str, *, deep: bool = True) -> Verdict:
         why, depth = check(data, manifest, deep=deep)
     except OSError as error:
         return Verdict(valid=False, why=f"{error.filename} can't be read: {error.strerror}", manifest=manifest)
+    return judged(manifest, why, depth)
+
+
+def judged(manifest: Manifest, why: str | None, depth: str) -> Verdict:
+    """The verdict on a checkpoint with that manifest, given what is wrong with its data."""
     if why is None and manifest.finite is False:
         why = "its parameters or optimizer state hold NaN or Inf"
     return Verdict(valid=why is None, why=why or "", manifest=manifest, depth=depth)

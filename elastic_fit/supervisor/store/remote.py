@@ -1,0 +1,307 @@
+"""Checkpoints in an object store, by the same protocol: the manifest is written last and is the commit.
+
+There are no renames there, and none are needed: an object appears whole when its upload completes, or not at all.
+
+1. What has the name already, if it was committed, is copied to another name within the store, manifest last; then its
+   manifest is deleted. From here on the name isn't valid, and the copy is.
+2. The data is uploaded to its name, in parts, its digest computed as the bytes pass by.
+3. The manifest is put, on condition that there is none. *It is the commit; nothing before it may be read as valid.*
+4. The copy is deleted, manifest first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.store.commit import SaveFailed
+from elastic_fit.supervisor.store.folder import NO_FENCE, Checkpoint, CheckpointStore
+from elastic_fit.supervisor.store.generation import Fence
+from elastic_fit.supervisor.store.manifest import (
+    MAX_BYTES,
+    SUFFIX,
+    Facts,
+    FileEntry,
+    Manifest,
+    ManifestError,
+    aside_name,
+    check_relative,
+)
+from elastic_fit.supervisor.store.objects import Objects, Url
+from elastic_fit.supervisor.store.stream import DigestingStream
+from elastic_fit.supervisor.store.verify import Verdict, judged
+
+PART_BYTES = 64 << 20
+"""Size of an upload's parts. S3 takes 10,000 of them, so this allows for checkpoints of up to 640 GB."""
+READ_BYTES = 8 << 20
+READS_AHEAD = 4
+
+
+class ObjectStream(DigestingStream):
+    """A new object, uploaded front to back."""
+
+    def __init__(self, objects: Objects, name: str, part_bytes: int) -> None:
+        super().__init__("")
+        self._upload = objects.upload(name, part_bytes)
+
+    def _put(self, view: memoryview) -> None:
+        self._upload.put(view)
+
+    def _finish(self, *, whole: bool) -> None:
+        if whole:
+            self._upload.complete()
+        else:
+            self._upload.give_up()
+
+
+class RemoteStaged:
+    """A checkpoint that is being uploaded. Leaving it as a context manager without `commit` removes what is there."""
+
+    def __init__(self, root: Url, name: str, objects: Objects, *, fence: Fence, generation: int, part: int) -> None:
+        self._root = root
+        self._name = name
+        self._objects = objects
+        self._fence = fence
+        self._generation = generation
+        self._part_bytes = part
+        self._stream: ObjectStream | None = None
+        self._aside: str | None = None
+        self._committed = False
+
+    @property
+    def target(self) -> Url:
+        """The name it will have."""
+        return self._root / self._name
+
+    @property
+    def failure(self) -> OSError | None:
+        """What the store said when it refused something."""
+        return self._stream.failure if self._stream else None
+
+    def open(self) -> ObjectStream:
+        """Upload it. SaveFailed where the store refuses, FencedOff where a newer generation has taken the run."""
+        self._fence.check()
+        try:
+            if self._objects.exists(self._name + SUFFIX):
+                self._aside = self._set_aside()
+            self._stream = ObjectStream(self._objects, self._name, self._part_bytes)
+        except OSError as error:
+            raise SaveFailed(self.target, error) from error
+        return self._stream
+
+    def _set_aside(self) -> str | None:
+        """Copy what has this name, under which it stays valid until the new one is committed."""
+        verdict = verify_object(self.target, deep=False)
+        aside = None
+        if verdict.valid and verdict.manifest is not None:
+            aside = aside_name(self._name, f"{self._generation}-{secrets.token_hex(4)}")
+            self._objects.copy(self._name, aside)
+            self._objects.put_new(aside + SUFFIX, verdict.manifest.to_bytes())
+        self._objects.delete(self._name + SUFFIX)
+        return aside
+
+    def commit(self, facts: Facts) -> Checkpoint:
+        """Make it valid.
+
+        Raises FencedOff where a newer generation has taken the run, SaveFailed where the store refuses.
+        """
+        if self._stream is None:
+            raise ValueError("nothing was written")
+        try:
+            self._stream.close()
+            manifest = manifest_of(self._name, facts, self._stream.entry())
+            self._fence.check()
+            self._put_manifest(manifest)
+            self._withdraw_if_fenced_off()
+            self._committed = True
+            if self._aside is not None:
+                delete(self._objects, self._aside)
+        except OSError as error:
+            raise SaveFailed(self.target, error) from error
+        return Checkpoint(path=self.target, manifest=manifest)
+
+    def _put_manifest(self, manifest: Manifest) -> None:
+        text = manifest.to_bytes()
+        try:
+            self._objects.put_new(self._name + SUFFIX, text)
+        except FileExistsError:
+            # A client that repeats a request whose answer was lost finds what it has put itself.
+            if self._objects.read(self._name + SUFFIX, 0, MAX_BYTES) != text:
+                raise
+
+    def _withdraw_if_fenced_off(self) -> None:
+        """A newer generation may have come between the check and the put: nobody was told of this one yet."""
+        try:
+            self._fence.check()
+        except StorageError:
+            self._objects.delete(self._name + SUFFIX)
+            raise
+
+    def __enter__(self) -> RemoteStaged:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+        if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
+            # What the store has said, whatever a serializer has made of it.
+            raise SaveFailed(self.target, self.failure) from error
+
+    def discard(self) -> None:
+        """Remove what is staged, unless it was committed."""
+        if self._committed or self._stream is None:
+            return
+        with contextlib.suppress(OSError):  # what stays is in nobody's way: it has no manifest
+            self._stream.abandon()
+        with contextlib.suppress(OSError):
+            if not self._objects.exists(self._name + SUFFIX):
+                self._objects.delete(self._name)
+
+
+class RemoteStore(CheckpointStore):
+    """A folder of checkpoints in an object store. Each is one object; folders of shards are for file systems.
+
+    One writer at a time: under the launcher its generation sees to that, by a check before and after each commit.
+
+    Args:
+        root: a URL that fsspec knows, such as ``s3://bucket/run``.
+        fence: asked before every commit whether this process may still write.
+        generation: fencing number of the writer.
+        part_bytes: size of an upload's parts, and of the memory that one takes two or three times.
+    """
+
+    root: Url  # type: ignore[assignment]
+
+    def __init__(
+        self, root: Url | str, *, fence: Fence = NO_FENCE, generation: int = 0, part_bytes: int = PART_BYTES
+    ) -> None:
+        self.root = Url(str(root).rstrip("/"))
+        self._fence = fence
+        self.generation = generation
+        self._part_bytes = part_bytes
+        self._objects = Objects(self.root)
+
+    def stage(self, name: str) -> RemoteStaged:  # type: ignore[override]
+        """Begin a checkpoint of that name."""
+        check_relative(name)
+        return RemoteStaged(
+            self.root,
+            name,
+            self._objects,
+            fence=self._fence,
+            generation=self.generation,
+            part=self._part_bytes,
+        )
+
+    def join(self, name: str, path: Path) -> RemoteStaged:  # type: ignore[override]
+        """Refused: several ranks write one folder of shards only in a file system. Raises StorageError."""
+        raise StorageError(f"{self.root} can't take shards", hint="save sharded checkpoints to a file system")
+
+    def candidates(self) -> list[Url]:  # type: ignore[override]
+        """Everything that has the name of a checkpoint or of a manifest."""
+        try:
+            found = self._objects.names()
+        except OSError as error:
+            raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
+        names = {name.removesuffix(SUFFIX) for name in found if name.endswith((".ckpt", SUFFIX))}
+        return [self.root / name for name in sorted(names) if not name.startswith(".")]
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint: manifest first, then data."""
+        try:
+            delete(self._objects, name)
+        except OSError as error:
+            raise StorageError(f"can't delete {self.root / name}: {error.strerror or error}") from error
+
+    def link_last(self, name: str, link: str = "last.ckpt") -> None:
+        """Make `link` a copy of a checkpoint, within the store: it has no symlinks, and every tool can open a copy."""
+        verdict = verify_object(self.root / name, deep=False)
+        if not verdict.valid or verdict.manifest is None:
+            raise StorageError(f"{self.root / name} can't be copied to {link}: {verdict.why}")
+        try:
+            delete(self._objects, link)
+            self._objects.copy(name, link)
+            self._objects.put_new(link + SUFFIX, replace(verdict.manifest, name=link).to_bytes())
+        except OSError as error:
+            raise SaveFailed(self.root / link, error) from error
+
+    def sweep(self) -> list[str]:
+        """See `leftovers`."""
+        return []
+
+    def leftovers(self) -> list[str]:
+        """Nothing of ours is left under other names: parts of a broken upload are the bucket's to expire."""
+        return []
+
+
+def manifest_of(name: str, facts: Facts, entry: FileEntry) -> Manifest:
+    """The manifest of a checkpoint that is one object."""
+    fields = {each: getattr(facts, each) for each in Facts.__dataclass_fields__}
+    return Manifest(**fields, name=name, files=(replace(entry, path=""),))
+
+
+def delete(objects: Objects, name: str) -> None:
+    """Manifest first, then data, so that nothing half-deleted looks valid."""
+    objects.delete(name + SUFFIX)
+    objects.delete(name)
+
+
+def verify_object(url: Url, *, deep: bool) -> Verdict:
+    """Check one checkpoint in an object store; with `deep` all of it is downloaded, in bounded memory."""
+    objects, name = Objects(url.parent), url.name
+    try:
+        # On a small object the range is cut short; one byte more than allowed is enough to refuse a large one.
+        manifest = Manifest.parse(objects.read(name + SUFFIX, 0, MAX_BYTES + 1))
+    except FileNotFoundError:
+        return Verdict(valid=False, why="it has no manifest: never committed, or not written by elastic-fit")
+    except (ManifestError, OSError) as error:
+        return Verdict(valid=False, why=f"its manifest can't be read: {error}")
+    if not manifest.belongs_to(name):
+        return Verdict(valid=False, why=f"its manifest is that of {manifest.name}", manifest=manifest)
+    return judged(manifest, _fault(objects, name, manifest, deep=deep), "deep" if deep else "quick")
+
+
+def _fault(objects: Objects, name: str, manifest: Manifest, *, deep: bool) -> str | None:
+    if manifest.is_folder or manifest.files[0].path:
+        return "its data is not of the kind that an object store holds"
+    entry = manifest.files[0]
+    try:
+        size = objects.size(name)
+        if size != entry.size:
+            return f"{name} has {size} bytes, the manifest says {entry.size}"
+        if deep and _digest(objects, name, size) != entry.digest:
+            return f"{name} is not what was written: its digest differs"
+    except FileNotFoundError:
+        return "its data is missing"
+    except OSError as error:
+        return f"{name} can't be read: {error.strerror or error}"
+    return None
+
+
+def _digest(objects: Objects, name: str, size: int) -> str:
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(objects, name, size):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(objects: Objects, name: str, size: int) -> Iterator[bytes]:
+    """In order, with some requests under way ahead of the one that is waited for."""
+    under_way: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(READS_AHEAD) as threads:
+        for start in range(0, size, READ_BYTES):
+            if len(under_way) >= READS_AHEAD:
+                yield under_way.popleft().result()
+            under_way.append(threads.submit(objects.read, name, start, min(size, start + READ_BYTES)))
+        while under_way:
+            yield under_way.popleft().result()

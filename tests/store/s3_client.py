@@ -1,0 +1,26 @@
+"""A client of an S3 store, to be killed. Imported by a server from which clients are forked."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import s3fs  # noqa: F401 - so that forked clients have it
+
+from elastic_fit.supervisor.store import Facts
+from elastic_fit.supervisor.store.remote import RemoteStore
+
+
+def save(url: str, name: str, step: int, data: bytes, part_bytes: int) -> None:
+    """A sealed save that is acknowledged when this returns."""
+    with RemoteStore(url, part_bytes=part_bytes).stage(name) as staged:
+        with staged.open() as file:
+            file.write(data)
+        staged.commit(Facts(step=step))
+
+
+def run(pipe: Connection, url: str, name: str, step: int, path: Path, part_bytes: int) -> None:
+    """Wait until the server knows whom to kill; save; say that it is acknowledged."""
+    pipe.recv()
+    save(url, name, step, path.read_bytes(), part_bytes)
+    pipe.send("acknowledged")

@@ -1,0 +1,227 @@
+"""Folders at a URL: the same protocol without renames. In memory here; a real S3 server is in test_s3."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid, verify
+from elastic_fit.supervisor.errors import FencedOff
+from elastic_fit.supervisor.store import SUFFIX, CheckpointStore, Facts, SaveFailed, open_store
+from elastic_fit.supervisor.store.objects import Upload
+from elastic_fit.supervisor.store.remote import RemoteStore
+from tests.checkpoint.models import At, Line, fall_over, trainer
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    yield "memory://bucket/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+def save(store: CheckpointStore, step: int, name: str = "", data: bytes = b"state") -> None:
+    with store.stage(name or f"step={step}.ckpt") as staged:
+        with staged.open() as file:
+            file.write(data * step)
+        staged.commit(Facts(step=step))
+
+
+def objects() -> dict[str, bytes]:
+    return {path: file.getvalue() for path, file in fsspec.filesystem("memory").store.items()}
+
+
+def newest(url: str) -> int:
+    chosen = latest_valid(url).chosen
+    assert chosen is not None
+    return chosen.manifest.step
+
+
+def test_a_file_url_is_a_folder_of_this_machine(tmp_path: Path) -> None:
+    save(open_store(f"file://{tmp_path}"), 4)
+    assert (tmp_path / "step=4.ckpt").read_bytes() == b"state" * 4
+    assert newest(f"file://{tmp_path}") == newest(str(tmp_path)) == 4
+    assert verify(f"file://{tmp_path}/step=4.ckpt").valid
+
+
+def test_the_newest_is_found_and_nothing_but_data_and_manifest_is_there(url: str) -> None:
+    for step in (1, 3, 2):
+        save(open_store(url), step)
+    assert newest(url) == 3
+    assert set(objects()) == {f"/bucket/run/step={step}.ckpt{end}" for step in (1, 2, 3) for end in ("", SUFFIX)}
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "no manifest", "manifest of another", "not a manifest"])
+def test_what_is_not_whole_is_passed_over_with_its_reason(url: str, how: str) -> None:
+    store = open_store(url)
+    for step in (1, 2):
+        save(store, step)
+    fs, path = fsspec.filesystem("memory"), "/bucket/run/step=2.ckpt"
+    data = fs.cat_file(path)
+    if how == "flipped":
+        fs.pipe_file(path, bytes([data[0] ^ 1]) + data[1:])
+    elif how == "cut":
+        fs.pipe_file(path, data[:-1])
+    elif how == "gone":
+        fs.rm_file(path)
+    elif how == "no manifest":
+        fs.rm_file(path + SUFFIX)
+    elif how == "manifest of another":
+        fs.pipe_file(path + SUFFIX, fs.cat_file("/bucket/run/step=1.ckpt" + SUFFIX))
+    else:
+        fs.pipe_file(path + SUFFIX, b"{" * 1000)
+    selection = latest_valid(url)
+    assert selection.chosen is not None
+    assert selection.chosen.manifest.step == 1
+    assert [str(one.path) for one in selection.rejected] in ([f"{url}/step=2.ckpt"], [])
+    assert not verify(f"{url}/step=2.ckpt").valid
+
+
+class Refusing(Upload):
+    """An upload that the store breaks off."""
+
+    def put(self, view: memoryview) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "the store hung up")
+
+
+def test_a_broken_upload_leaves_the_old_one_and_no_half_of_the_new(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(open_store(url), 1)
+    before = objects()
+    monkeypatch.setattr("elastic_fit.supervisor.store.objects.Upload", Refusing)
+    with pytest.raises(SaveFailed, match="hung up"):
+        save(open_store(url), 2)
+    assert objects() == before
+
+
+def test_one_name_again_keeps_the_old_one_valid_until_the_new_one_is(url: str) -> None:
+    store = open_store(url)
+    save(store, 1, "last.ckpt")
+    with store.stage("last.ckpt") as staged:
+        with staged.open() as file:
+            file.write(b"new")
+            assert newest(url) == 1
+        assert newest(url) == 1
+        staged.commit(Facts(step=2))
+    assert newest(url) == 2
+    assert set(objects()) == {"/bucket/run/last.ckpt", f"/bucket/run/last.ckpt{SUFFIX}"}
+
+
+def test_a_second_writer_of_the_same_name_is_refused(url: str) -> None:
+    with open_store(url).stage("a.ckpt") as mine:
+        with mine.open() as file:
+            file.write(b"mine")
+        save(open_store(url), 5, "a.ckpt")
+        with pytest.raises(SaveFailed):
+            mine.commit(Facts(step=4))
+
+
+class Fence:
+    """Falls at a chosen look."""
+
+    def __init__(self, falls_at: int) -> None:
+        self.looks = 0
+        self.falls_at = falls_at
+
+    def check(self) -> None:
+        self.looks += 1
+        if self.looks >= self.falls_at:
+            raise FencedOff("generation 1 was replaced by generation 2")
+
+
+@pytest.mark.parametrize("look", [1, 2, 3])
+def test_a_leader_that_was_replaced_commits_nothing(url: str, look: int) -> None:
+    save(open_store(url), 1)
+    with pytest.raises(FencedOff):
+        save(RemoteStore(url, fence=Fence(look), generation=1), 2)
+    assert newest(url) == 1
+    assert set(objects()) == {"/bucket/run/step=1.ckpt", f"/bucket/run/step=1.ckpt{SUFFIX}"}
+
+
+def test_last_is_a_copy_that_any_tool_can_open(url: str) -> None:
+    store = open_store(url)
+    for step in (1, 2):
+        save(store, step)
+        store.link_last(f"step={step}.ckpt")
+    assert fsspec.filesystem("memory").cat_file("/bucket/run/last.ckpt") == b"statestate"
+    assert verify(f"{url}/last.ckpt").valid
+
+
+def test_a_large_piece_goes_out_in_small_ones(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    put = Upload.put
+    monkeypatch.setattr(Upload, "put", lambda self, view: (sizes.append(len(view)), put(self, view)))
+    save(open_store(url), 1, data=bytes(50 << 20))
+    assert max(sizes) <= 8 << 20
+    assert newest(url) == 1
+
+
+class Steps(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        self.seen.append(trainer.global_step)
+
+
+def interrupted_then_resumed(url: str, folder: Path, **options: Any) -> list[int]:
+    """The steps of a second training, after a first one that saved every two steps and died at step 7."""
+    checkpoint = ElasticCheckpoint(dirpath=url, every_n_train_steps=2, keep=2, **options)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        trainer(folder, checkpoint, At(7, fall_over)).fit(Line())
+    steps = Steps()
+    checkpoint = ElasticCheckpoint(dirpath=url, every_n_train_steps=2, keep=2, resume="auto", **options)
+    trainer(folder, steps, checkpoint).fit(Line())
+    return steps.seen
+
+
+def test_training_saves_to_a_url_resumes_from_it_and_keeps_two(url: str, tmp_path: Path) -> None:
+    assert interrupted_then_resumed(url, tmp_path) == list(range(7, 17))
+    names = sorted(path.rpartition("/")[2] for path in objects())
+    # The newest two, and the one that it went on from.
+    kept = ["epoch=0-step=6.ckpt", "epoch=1-step=14.ckpt", "epoch=1-step=16.ckpt"]
+    assert names == [name + end for name in kept for end in ("", SUFFIX)]
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_lightning_itself_goes_on_from_the_url_with_weights_only(url: str, tmp_path: Path) -> None:
+    interrupted_then_resumed(url, tmp_path, save_last=True)
+    again = Line()
+    training = trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
+    training.fit(again, ckpt_path=f"{url}/last.ckpt", weights_only=True)
+    assert training.global_step == 24
+    assert torch.load(fsspec.open(f"{url}/last.ckpt").open(), weights_only=True)["global_step"] == 16
+
+
+def test_a_store_that_is_away_does_not_end_the_training(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(trainer: pl.Trainer) -> None:
+        monkeypatch.setattr("elastic_fit.supervisor.store.objects.Upload", Refusing)
+
+    def back(trainer: pl.Trainer) -> None:
+        monkeypatch.setattr("elastic_fit.supervisor.store.objects.Upload", Upload)
+
+    checkpoint = ElasticCheckpoint(dirpath=url, every_n_train_steps=2, keep=9)
+    training = trainer(tmp_path, At(3, away), At(5, back), checkpoint, max_epochs=1)
+    training.fit(Line())
+    assert training.global_step == 8
+    assert sorted(one.manifest.step for one in open_store(url).committed()) == [2, 6, 8]
+    assert "the store hung up" in caplog.text
+
+
+def test_shards_are_refused_before_the_training_begins(url: str, tmp_path: Path) -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    class Sharded(SingleDeviceStrategy):
+        def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any = None) -> None:
+            raise AssertionError("never reached")
+
+    training = trainer(tmp_path, ElasticCheckpoint(dirpath=url), strategy=Sharded(torch.device("cpu")))
+    with pytest.raises(ElasticFitError, match="writes shards"):
+        training.fit(Line())
