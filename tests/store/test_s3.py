@@ -107,8 +107,8 @@ def loaded(selection: Selection) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("size", "name"),
-    [(MIB, "step=2.ckpt"), (12 * MIB, "step=2.ckpt"), (MIB, "step=1.ckpt"), (12 * MIB, "step=1.ckpt")],
-    ids=["one request", "in parts", "same name", "same name in parts"],
+    [(6 * MIB, "step=2.ckpt"), (MIB, "step=1.ckpt"), (6 * MIB, "step=1.ckpt")],
+    ids=["in parts", "same name", "same name in parts"],
 )
 def test_a_client_killed_at_any_request_leaves_the_old_or_the_new(
     server: Server, bucket: str, tmp_path: Path, size: int, name: str
