@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elastic_fit.supervisor.store import CheckpointStore
@@ -17,37 +20,46 @@ LATER = 1000
 class Tally:
     """Crash states injected, over all tests."""
 
-    injected: int = 0
+    test: str = ""
+    """The one that is running."""
+    injected: Counter[str] = field(default_factory=Counter)
+    """By test."""
     lost: int = 0
+
+    @contextlib.contextmanager
+    def state(self) -> Iterator[None]:
+        """One crash state; it is lost where what has to be true afterwards is not."""
+        self.injected[self.test] += 1
+        try:
+            yield
+        except BaseException:
+            self.lost += 1
+            raise
 
     def survive(self, story: Story, folder: Path, *, acknowledged: bool) -> None:
         """Check one crash state: what is selected, what the next start makes of it, and that it can go on saving.
 
         Raises AssertionError where the checkpoint that counts is not the one selected, or not what was saved.
         """
-        self.injected += 1
-        self.lost += 1
-        possible = {story.after} if acknowledged else {story.before, story.after}
-        _check_selected(store_in(folder), possible)
-        next_one = store_in(folder, generation=2)
-        next_one.sweep()
-        selected = _check_selected(next_one, possible)
-        assert next_one.sweep() == [], "a second sweep finds nothing more to do"
-        left = _names(next_one)
-        assert left <= story.names | story.spared, "what the next start can't account for is left over for ever"
-        assert not acknowledged or left == story.names
-        save(next_one, LATER, generation=2)
-        assert _check_selected(next_one, {LATER}) == LATER
-        assert selected in possible
-        self.lost -= 1
+        with self.state():
+            possible = {story.after} if acknowledged else {story.before, story.after}
+            _check_selected(store_in(folder), possible)
+            next_one = store_in(folder, generation=2)
+            next_one.sweep()
+            _check_selected(next_one, possible)
+            assert next_one.sweep() == [], "a second sweep finds nothing more to do"
+            left = _names(next_one)
+            assert left <= story.names | story.spared, "what the next start can't account for is left over for ever"
+            assert not acknowledged or left == story.names
+            save(next_one, LATER, generation=2)
+            _check_selected(next_one, {LATER})
 
 
-def _check_selected(store: CheckpointStore, possible: set[int | None]) -> int | None:
+def _check_selected(store: CheckpointStore, possible: set[int | None]) -> None:
     chosen = store.latest_valid().chosen
     step = chosen.manifest.step if chosen else None
     assert step in possible
     assert chosen is None or is_intact(chosen)
-    return step
 
 
 def _names(store: CheckpointStore) -> set[str]:

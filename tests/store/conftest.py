@@ -14,9 +14,11 @@ from tests.store.aftermath import Tally
 _TALLY = pytest.StashKey[Tally]()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Tally:
-    return request.config.stash.setdefault(_TALLY, Tally())
+    tally = request.config.stash.setdefault(_TALLY, Tally())
+    tally.test = request.function.__name__.removeprefix("test_").replace("_", " ")
+    return tally
 
 
 @pytest.fixture
@@ -30,4 +32,6 @@ def memory() -> Iterator[Path]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     tally = config.stash.get(_TALLY, None)
     if tally is not None:
-        terminalreporter.write_line(f"{tally.injected} crash states injected, {tally.lost} lost")
+        for test, count in tally.injected.items():
+            terminalreporter.write_line(f"{count:6}  {test}")
+        terminalreporter.write_line(f"{tally.injected.total():6}  crash states injected, {tally.lost} lost")

@@ -124,7 +124,7 @@ def test_a_folder_that_everybody_may_write_into_is_refused(store: CheckpointStor
     store.root.chmod(0o777)
     with pytest.raises(StorageError, match="everybody may write") as refusal:
         store.latest_valid()
-    assert refusal.value.hint == f"chmod o-w {store.root}"
+    assert f"chmod o-w {store.root}" in refusal.value.hint
     with pytest.raises(StorageError, match="everybody may write"):
         store.stage("step=40.ckpt")
 

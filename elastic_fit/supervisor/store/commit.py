@@ -184,10 +184,11 @@ class Staged:
 
         with self._failing(), _kept_open(self.path) as mine:
             manifest = self._write_manifest(facts, entries)
-            aside = None
+            aside = self._aside()
             try:
                 self._fence.check()
-                aside = self._set_aside()
+                if aside is not None:
+                    self._set_aside(aside)
                 self._fence.check()
                 self._disk.rename(self.path, self.target)
                 self._disk.sync_folder(self.target.parent)
@@ -218,19 +219,21 @@ class Staged:
             file.write(manifest.to_bytes())
         return manifest
 
-    def _set_aside(self) -> Path | None:
-        """Move what has this name already. A committed checkpoint stays valid: with this rename, under its new name."""
+    def _aside(self) -> Path | None:
+        """Another name for what has this one: hidden if it was never committed; None where nothing has it."""
         if not exists(self.target):
             return None
         if exists(manifest_path(self.target)):
-            aside = self.target.with_name(aside_name(self.target.name, new_token(self._generation)))
+            return self.target.with_name(aside_name(self.target.name, new_token(self._generation)))
+        return hidden_path(self.target, DELETING, self._generation)
+
+    def _set_aside(self, aside: Path) -> None:
+        if exists(manifest_path(self.target)):
             self._disk.link(manifest_path(self.target), manifest_path(aside))
             self._disk.sync_folder(aside.parent)
-        else:
-            aside = hidden_path(self.target, DELETING, self._generation)
+        # A committed checkpoint stays valid: with this rename, under its new name.
         self._disk.rename(self.target, aside)
         self._disk.sync_folder(aside.parent)
-        return aside
 
     def _is_committed(self, manifest: Manifest) -> bool:
         """Whether the commit was done before the exception came (Ctrl-C can come anywhere)."""
@@ -277,7 +280,8 @@ class Staged:
     def discard(self) -> None:
         """Remove what is staged, unless it was committed."""
         for file in self._files:
-            file.abandon()
+            with contextlib.suppress(OSError):
+                file.abandon()
         if self._committed:
             return
         for path in (self.path, manifest_path(self.path)):

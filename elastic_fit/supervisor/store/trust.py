@@ -35,7 +35,8 @@ def check_folder(folder: Path) -> None:
     sticky = bool(status.st_mode & stat.S_ISVTX)
     if status.st_mode & stat.S_IWOTH and not sticky:
         raise UntrustedFolder(
-            f"everybody may write into {folder}: nothing in it can be believed", hint=f"chmod o-w {folder}"
+            f"everybody may write into {folder}: nothing in it can be believed",
+            hint=f"chmod o-w {folder}, or use a folder inside of it",
         )
     if not sticky and (why := _foreign(status)):
         raise UntrustedFolder(f"{folder} {why}", hint="use a folder of your own, or chown it")
