@@ -30,7 +30,7 @@ class FileSystem:
     """A file system in an image, whose power can be cut."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        self._image, self.root = folder / f"{kind}.img", folder / "mount"
+        self._kind, self._image, self.root = kind, folder / f"{kind}.img", folder / "mount"
         self.root.mkdir()
         with self._image.open("wb") as file:
             file.truncate(320 << 20)
@@ -38,7 +38,9 @@ class FileSystem:
         self.mount()
 
     def mount(self) -> None:
-        subprocess.run(["mount", "-o", "loop", str(self._image), str(self.root)], check=True)
+        # The dead one may live on in another mount namespace; its twin must be taken for what it is.
+        options = "loop,nouuid" if self._kind == "xfs" else "loop"
+        subprocess.run(["mount", "-o", options, str(self._image), str(self.root)], check=True)
 
     def umount(self) -> None:
         subprocess.run(["umount", str(self.root)], check=True)
@@ -54,6 +56,12 @@ class FileSystem:
     def come_back(self) -> None:
         """The power is back: mount, which recovers the journal."""
         self.umount()
+        in_use = subprocess.run(["losetup", "-j", str(self._image)], check=True, capture_output=True).stdout
+        if in_use:
+            # Whoever has made a mount namespace meanwhile (hosts of other tests) has kept the dead file system.
+            copy = self._image.with_name(f"{self._image.stem}+.img")
+            subprocess.run(["cp", "--sparse=always", str(self._image), str(copy)], check=True)
+            self._image = copy
         self.mount()
 
 
