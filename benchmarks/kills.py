@@ -45,6 +45,8 @@ class Round:
     code: int
     step: int
     seconds: float
+    trained_s: float
+    """From the first workers to the end."""
     left: int
     invalid: int
     restarts: int
@@ -60,7 +62,9 @@ def workers_of(run: Path) -> list[int]:
 
 
 def strike(kind: str, run: Path, process: subprocess.Popen[bytes], after_s: float) -> bool:
-    """Kill once; False where the training ended first."""
+    """Kill once, so many seconds after there are workers; False where the training ended first."""
+    while process.poll() is None and not workers_of(run):
+        time.sleep(0.01)
     moment = time.monotonic() + after_s
     while process.poll() is None:
         is_saving = kind == "save" and any(run.glob("checkpoints/*/.*"))
@@ -112,6 +116,8 @@ def play(kind: str, strikes: int, args: argparse.Namespace, folder: Path, second
         code=code,
         step=max((one["step"] for one in checkpoints if one["valid"]), default=0),
         seconds=time.monotonic() - started,
+        trained_s=sum(event.t for event in events if event.event == "finish")
+        - next((event.t for event in events if event.event == "workers_started"), 0.0),
         left=left_over(mark),
         invalid=sum(not one["valid"] for one in checkpoints),
         restarts=sum(event.event == "decision" and event["action"] == "restart" for event in events),
@@ -138,7 +144,7 @@ def main() -> int:
         while killed < args.kills:
             kind = KINDS[number % len(KINDS)]
             place = _made(Path(folder) / str(number))
-            result = play(kind, 1 + number // len(KINDS) % 2, args, place, calm.seconds * 0.9)
+            result = play(kind, 1 + number // len(KINDS) % 2, args, place, calm.trained_s * 0.9)
             good = (result.code, result.step, result.left, result.invalid) == (0, calm.step, 0, 0)
             bad += not good
             killed += result.kills
