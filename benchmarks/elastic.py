@@ -16,6 +16,7 @@ import argparse
 import itertools
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -272,6 +273,7 @@ def main() -> int:
     args = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("network namespaces need root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are to go away with us
     if args.changes:
         return 0 if random_changes(args.changes, args.seed) == args.changes else 1
     arm, _, case = args.only.partition("/")
