@@ -5,8 +5,6 @@ from __future__ import annotations
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import s3fs  # noqa: F401 - so that forked clients have it
-
 from elastic_fit.supervisor.store import Facts
 from elastic_fit.supervisor.store.remote import RemoteStore
 

@@ -72,7 +72,7 @@ def server() -> Iterator[Server]:
     )
     assert process.stdout is not None
     running = Server(int(process.stdout.readline()))
-    CLIENTS.set_forkserver_preload(["tests.store.s3_client"])
+    CLIENTS.set_forkserver_preload(["s3fs", "tests.store.s3_client"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
