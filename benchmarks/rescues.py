@@ -1,0 +1,104 @@
+"""Kill one rank of a data-parallel training at random moments, and count the optimizer steps that it costs.
+
+    python -m benchmarks.rescues --kills 100 --results rescues.jsonl
+    python -m benchmarks.rescues --table rescues.jsonl
+
+One run under the launcher with two ranks (DDP, a validation every 10 steps, no checkpoint by time or steps), killed
+again each time that it is back and has trained for a random part of a second. What a kill costs is what the ledger says
+of it: the highest step that any rank had completed, less the step that the run went on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.stops import SCRIPT
+from elastic_fit.launch.parser import parse
+from elastic_fit.launch.render import Console
+from elastic_fit.launch.run import launch
+from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.ledger import read
+
+
+def strike(run: Path, kills: int, draw: random.Random, ended: threading.Event) -> None:
+    """Kill so many times, each time that training goes on, then ask the run to stop."""
+    for number in range(kills + 1):
+        events = []
+        while sum(one.event == "training" for one in events) <= number:
+            if ended.wait(0.02):
+                return
+            events = read(run / "events.jsonl")
+        if ended.wait(draw.uniform(0.0, 0.5)):
+            return
+        pids = [one for one in events if one.event == "workers_started"][-1]["pids"]
+        if number < kills:
+            os.kill(draw.choice(list(pids.values())), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def play(kills: int, pause_ms: int, seed: int) -> list[int]:
+    """Steps lost by each of the kills."""
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="rescues-") as name:
+        run, script = Path(name) / "run", Path(name) / "train.py"
+        script.write_text(SCRIPT)
+        nursery = Nursery(warm=True)
+        thread = threading.Thread(target=strike, args=(run, kills, random.Random(seed), ended))
+        thread.start()
+        try:
+            flags = ["--run-dir", str(run), "--nproc-per-node", "2", "--max-restarts", "1000"]
+            argv = [*flags, "--checkpoint-interval", "10h", str(script), "ddp", str(pause_ms), name, "ours"]
+            launch(parse(argv), Console(out=io.StringIO(), err=io.StringIO()), nursery)
+        finally:
+            ended.set()
+            thread.join()
+            nursery.close()
+        return [int(one["steps"]) for one in read(run / "events.jsonl") if one.event == "steps_repeated"]
+
+
+def table(path: Path) -> str:
+    """The counts, as a table in Markdown."""
+    lost: dict[int, list[int]] = collections.defaultdict(list)
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        lost[record["pause_ms"]] += record["lost"]
+    lines = ["| step | kills | cost no step | cost one | most |", "|---|---|---|---|---|"]
+    for pause_ms, steps in sorted(lost.items()):
+        lines.append(f"| {pause_ms} ms | {len(steps)} | {steps.count(0)} | {steps.count(1)} | {max(steps)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play; 1 where a kill cost more than one step, or more than one kill in a hundred cost one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--pause-ms", type=int, default=0, help="how long a step sleeps")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("rescues.jsonl"))
+    parser.add_argument("--table", type=Path, help="print the table of these results, and leave")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(args.table))
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    lost = play(args.kills, args.pause_ms, args.seed)
+    with args.results.open("a") as file:
+        file.write(json.dumps({"pause_ms": args.pause_ms, "seed": args.seed, "lost": lost}) + "\n")
+    print(table(args.results))
+    return int(max(lost, default=0) > 1 or sum(one > 0 for one in lost) > max(1, len(lost) // 100))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
