@@ -64,6 +64,9 @@ class Model(pl.LightningModule):
         time.sleep(pause_s)
         return self.net(batch[0]).square().mean()
     def on_train_batch_end(self, *_):
+        if stock and os.environ["RANK"] == "0":
+            with open(f"{folder}/step", "w") as file:
+                file.write(str(self.global_step))
         if self.global_step == 1:
             open(f"{folder}/began.{os.environ['RANK']}", "w").close()
     def validation_step(self, batch, batch_idx):
@@ -151,8 +154,9 @@ def stock(target: str, pause_ms: int, strategy: str, folder: Path, draw: random.
             code = process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             return "hung"
-        by_exception = [path for path in folder.glob("stock/*") if "exception" in path.name]
-        return f"saved, exit {code}" if by_exception else f"not saved, exit {code}"
+        saved = [int(path.stem.split("step=")[1].split("-")[0]) for path in folder.glob("stock/*step=*")]
+        is_saved = max(saved, default=0) == int((folder / "step").read_text())
+        return f"saved, exit {code}" if is_saved else f"not saved, exit {code}"
     finally:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         for one in family:
