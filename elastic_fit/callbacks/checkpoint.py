@@ -304,7 +304,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         if self._is_off(trainer) or not self.emergency or isinstance(exception, SystemExit) or not self.is_active:
             super().on_exception(trainer, pl_module, exception)
             return
-        rescue(trainer, self._make_store(Path(str(self.dirpath))), self._guard, exception, self.began_step)
+        rescue(trainer, self._make_store(str(self.dirpath)), self._guard, exception, self.began_step)
 
     # state
 

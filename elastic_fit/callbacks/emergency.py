@@ -24,6 +24,7 @@ from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.randomness import saving_alone
 from elastic_fit.callbacks.seal import Purpose, facts_of, persist
 from elastic_fit.supervisor.board import Phase, Word
+from elastic_fit.supervisor.store import is_remote
 
 if TYPE_CHECKING:
     from elastic_fit.supervisor.store import CheckpointStore
@@ -64,7 +65,7 @@ def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error:
         return False
     if worker is not None:
         worker.board.enter(Phase.RESCUING)
-    with _one_at_a_time(store.root):
+    with contextlib.nullcontext() if is_remote(store.root) else _one_at_a_time(store.root):
         there = _newest_step(store)
         if there >= step:
             return False
@@ -113,7 +114,8 @@ def _newest_step(store: CheckpointStore) -> int:
 def _one_at_a_time(root: Path) -> Iterator[None]:
     """Hold the folder's lock, which the kernel lets go of where its holder dies.
 
-    Where the file system has none, or it lies, two survivors may write at once; the commit protocol bears that.
+    Where the file system has none, or it lies, two survivors may write at once, as they may to an object store; the
+    commit protocol bears that.
     """
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
