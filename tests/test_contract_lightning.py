@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from elastic_fit.callbacks import _lightning
 from tests.checkpoint.models import Line, trainer
@@ -156,3 +160,29 @@ def test_a_thread_can_have_a_connection_to_the_store_of_its_own() -> None:
 
 def test_process_groups_can_be_aborted() -> None:
     assert callable(distributed_c10d.ProcessGroup.abort)
+
+
+def test_loggers_keep_their_version_and_their_writer_where_ours_are_put(tmp_path) -> None:
+    logger = CSVLogger(tmp_path)
+    assert logger._version is None
+    assert logger._experiment is None
+    assert {"metrics", "metrics_keys", "metrics_file_path"} <= set(vars(logger.experiment))
+    assert list(inspect.signature(ExperimentWriter._check_log_dir_exists).parameters) == ["self"]
+    board = TensorBoardLogger(tmp_path, version=3)
+    assert (board._version, board._experiment, board._kwargs) == (3, None, {})
+
+
+def test_the_logger_connector_says_what_it_is_about_to_log(tmp_path) -> None:
+    training = trainer(tmp_path)
+    connector = training._logger_connector
+    assert connector._first_loop_iter is None
+    assert isinstance(type(connector).should_update_logs, property)
+    assert isinstance(type(connector).metrics, property)
+    assert training.fit_loop.epoch_loop._batches_that_stepped == 0
+
+
+def test_a_dataloader_reads_its_batches_from_where_ours_are_put() -> None:
+    loader = DataLoader(range(4), batch_size=2)
+    vars(loader)["batch_sampler"] = [[3, 2], [1, 0]]
+    assert [batch.tolist() for batch in loader] == [[3, 2], [1, 0]]
+    assert list(inspect.signature(_MapDatasetFetcher.fetch).parameters) == ["self", "possibly_batched_index"]

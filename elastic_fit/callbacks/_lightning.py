@@ -26,6 +26,11 @@ from lightning.pytorch.utilities.data import _update_dataloader
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
+
+from elastic_fit.callbacks.augmentation import Draws, SeededDataset
+from elastic_fit.callbacks.data import seed_of
+from elastic_fit.callbacks.streams import seed_streams
 
 
 def is_boundary(trainer: pl.Trainer) -> bool:
@@ -161,9 +166,24 @@ def batches_at_boundary(trainer: pl.Trainer) -> int:
     return done if is_epoch_over(trainer, done) else done - done % trainer.accumulate_grad_batches
 
 
+def batch_under_way(trainer: pl.Trainer) -> int:
+    """The number of the epoch's batch that is being trained on, from 0."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(current.ready) - 1
+
+
 def is_epoch_over(trainer: pl.Trainer, batches: int) -> bool:
     """Whether that many batches are all of the epoch."""
     return batches > 0 and batches >= trainer.fit_loop.max_batches
+
+
+def count_batches_anew(trainer: pl.Trainer, done: int) -> None:
+    """Say that `done` batches of this epoch are behind us, where another number of ranks took others for the steps."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    offset = done - batches_at_boundary(trainer)
+    for counts in (progress.total, progress.current):
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(counts, name, max(0, getattr(counts, name) + offset))
 
 
 def batches_in_all(trainer: pl.Trainer) -> int:
@@ -204,8 +224,10 @@ def measure_epoch(trainer: pl.Trainer) -> None:
         trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
 
-def deal_training_data(trainer: pl.Trainer, choose: Callable[[DataLoader[Any], bool], Sampler[int] | None]) -> None:
-    """Have Lightning put the sampler that `choose` gives into each training loader it prepares.
+def deal_training_data(
+    trainer: pl.Trainer, prepare_loader: Callable[[DataLoader[Any], bool], DataLoader[Any] | None]
+) -> None:
+    """Have Lightning take what `prepare_loader` makes of each training loader; where that is None, prepare it itself.
 
     Scripts that have said ``use_distributed_sampler=False`` keep what they have.
     """
@@ -219,10 +241,41 @@ def deal_training_data(trainer: pl.Trainer, choose: Callable[[DataLoader[Any], b
             return prepare(dataloader, shuffle, mode)
         if isinstance(dataloader, _Stateful):
             return prepare(dataloader, shuffle, mode)
-        sampler = choose(dataloader, shuffle)
-        return prepare(dataloader, shuffle, mode) if sampler is None else _update_dataloader(dataloader, sampler, mode)
+        ours = prepare_loader(dataloader, shuffle)
+        return prepare(dataloader, shuffle, mode) if ours is None else ours
 
     connector._prepare_dataloader = prepare_ours  # type: ignore[method-assign]
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
+    """The same training loader with another sampler; a batch sampler of its own class draws from that one."""
+    return _update_dataloader(loader, sampler, RunningStage.TRAINING)
+
+
+def with_batches(loader: DataLoader[Any], batches: Sampler[list[int]]) -> DataLoader[Any]:
+    """This loader, with other batches; it must not have been used yet."""
+    vars(loader)["batch_sampler"] = batches  # DataLoader forbids to set it, as its users couldn't know whether it has
+    return loader
+
+
+def seed_each_sample() -> None:
+    """In a worker process of a DataLoader: read the samples of `Draws` each with streams of its own."""
+    fetch: Callable[[Any, Any], Any] = _MapDatasetFetcher.fetch
+
+    def fetch_seeded(self: Any, indices: Any) -> Any:
+        if not isinstance(indices, Draws):
+            return fetch(self, indices)
+        dataset = self.dataset
+        if getattr(dataset, "__getitems__", None):
+            seed_streams(seed_of(indices.seed, indices.places[0]))
+            return fetch(self, indices)
+        self.dataset = SeededDataset(dataset, indices)
+        try:
+            return fetch(self, indices)
+        finally:
+            self.dataset = dataset
+
+    _MapDatasetFetcher.fetch = fetch_seeded  # type: ignore[method-assign]
 
 
 def deal_as_before(trainer: pl.Trainer) -> None:

@@ -65,7 +65,7 @@ def _numbered(fit: Any) -> Any:
                 ours.assign(None, None)
             else:
                 number, point = worker.begin_fit()
-                ours.assign(worker.folder.fit(number), point)
+                ours.assign(worker.folder.fit(number), point, self.loggers)
                 ckpt_path = point.path if point else ckpt_path
                 weights_only = False if worker.context.settings.load_unsafe else weights_only
         return fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.emergency import StepGuard, rescue
+from elastic_fit.callbacks.loggers import pin, pin_late
 from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.resume import choose
 from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
@@ -51,6 +54,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         finite_check: look for NaN and Inf before each save; what holds them is kept and never resumed from.
         exact: keep the position in the training data and the random streams as well, so that a resumed run is the
             same run.
+        global_batch_size: samples of an optimizer step over all ranks, kept by accumulation whatever their number is;
+            needs `exact`.
 
     Errors: a save that fails (a full disk) is logged and the training goes on; the next trigger tries a new file.
     With ``resume="auto"``, NoValidCheckpoint where there are checkpoints and none of them holds.
@@ -79,6 +84,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         keep: int | None = None,
         finite_check: bool = True,
         exact: bool = True,
+        global_batch_size: int | None = None,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
@@ -107,6 +113,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         self.keep = keep
         self.finite_check = finite_check
         self.exact = exact
+        self.global_batch_size = global_batch_size
         self._cadence = Cadence(train_time_interval.total_seconds() if train_time_interval is not None else None)
         self._seals: Seals | None = None
         self._unranked_step = 0
@@ -130,9 +137,10 @@ class ElasticCheckpoint(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Resolve the folder and seal it."""
         super().setup(trainer, pl_module, stage)
+        path = choose(self.resume, self.dirpath, trainer) if stage == "fit" and self.dirpath is not None else None
         # Lightning goes through its list of callbacks while we add to it: they are set up right after us.
         if stage == "fit" and self.exact and self.dirpath is not None:
-            _lightning.callbacks_in(trainer).extend(self._companions(trainer))
+            _lightning.callbacks_in(trainer).extend(self._companions(trainer, is_resumed=path is not None))
         if self.emergency:
             self._add_stopper(trainer)
         if stage != "fit" or self.dirpath is None:
@@ -148,7 +156,6 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._seals.add(self.dirpath, store)
         if trainer.is_global_zero and session.current() is None:
             store.sweep()  # under the launcher, it has been done
-        path = choose(self.resume, self.dirpath, trainer)
         if path is not None:
             _lightning.resume_from(trainer, path)
 
@@ -158,8 +165,10 @@ class ElasticCheckpoint(ModelCheckpoint):
         if not any(isinstance(one, Stopper) for one in callbacks):
             callbacks.append(Stopper())
 
-    def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
-        return companions(trainer)
+    def _companions(self, trainer: pl.Trainer, *, is_resumed: bool) -> list[pl.Callback]:
+        folder = Path(str(self.dirpath))
+        pinned = pin_late(trainer.loggers, folder) if is_resumed else [False] * len(trainer.loggers)
+        return companions(trainer, folder, pinned, global_batch=self.global_batch_size)
 
     def _make_store(self, root: Path | str) -> CheckpointStore:
         worker = session.current()
@@ -344,6 +353,7 @@ class RunCheckpoint(ElasticCheckpoint):
         )
         self._worker = worker
         self._point: ResumePoint | None = None
+        self._pinned: list[bool] = []
         self._active = False
         self._is_proven = False
 
@@ -352,9 +362,13 @@ class RunCheckpoint(ElasticCheckpoint):
         """The same whatever the flags are: a command line may change between two starts of a run."""
         return "elastic_fit.RunCheckpoint"
 
-    def assign(self, folder: Path | None, point: ResumePoint | None) -> None:
-        """Which folder the coming ``fit`` saves to, and where it goes on from; no folder, no saves."""
+    def assign(self, folder: Path | None, point: ResumePoint | None, loggers: Sequence[Logger] = ()) -> None:
+        """Which folder the coming ``fit`` saves to, and where it goes on from; no folder, no saves.
+
+        Its loggers go on with the files that this fit's earlier attempts have written.
+        """
         self.dirpath = str(folder) if folder else None
+        self._pinned = pin(loggers, folder) if folder else []
         self._active = folder is not None
         self._point = point
         self._last_global_step_saved = self._unranked_step = self.began_step = self.saved_step = (
@@ -379,9 +393,16 @@ class RunCheckpoint(ElasticCheckpoint):
         """Whether this is a training of the run's, and no search or rehearsal."""
         return self._active
 
-    def _companions(self, trainer: pl.Trainer) -> list[pl.Callback]:
+    def _companions(self, trainer: pl.Trainer, *, is_resumed: bool) -> list[pl.Callback]:
         settings = self._worker.context.settings
-        found = companions(trainer, strict=settings.strict_data, reproducible=settings.reproducible)
+        found = companions(
+            trainer,
+            Path(str(self.dirpath)),
+            self._pinned,
+            strict=settings.strict_data,
+            reproducible=settings.reproducible,
+            global_batch=settings.global_batch_size,
+        )
         if settings.trace_steps:
             found.append(StepTrace(Ledger(self._worker.folder.trace), self._worker.fits))
         return found

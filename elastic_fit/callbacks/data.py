@@ -9,14 +9,31 @@ twice or left out when a run goes on with another number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 
-Order = Callable[[int], torch.Tensor]
-"""The epoch's order, as a tensor of indices, from the epoch's number."""
+from elastic_fit.callbacks.permutation import ComputedPermutation
+
+
+class Indices(Protocol):
+    """Indices in an order: a tensor, or what computes them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice, /) -> Indices: ...
+
+    def tolist(self) -> list[int]: ...
+
+
+Order = Callable[[int], Indices]
+"""The epoch's order, from the epoch's number."""
+COMPUTED_ABOVE = 100_000_000
+"""Larger data sets are shuffled by a permutation that takes no memory; up to here it is eight bytes a sample."""
+PIECE = 4096
 _EPOCH_STRIDE = 0x9E3779B97F4A7C15
 _SEED_MASK = (1 << 63) - 1
 
@@ -79,13 +96,18 @@ class ElasticSampler(Sampler[int]):
         self.began_at_batch = 0
         """Batches of the epoch that the training loop had counted then."""
         self._begin = 0
-        self._order = order or _by_seed(len(dataset), shuffle, seed)
-        self._size = len(dataset) if order is None else len(order(0))
+        self._order = lru_cache(maxsize=1)(order or _by_seed(len(dataset), shuffle, seed))
+        self._size = len(dataset) if order is None else len(self._order(0))
 
     @property
     def size(self) -> int:
         """Samples in an epoch, over all ranks."""
         return self._size
+
+    @property
+    def begins_at(self) -> int:
+        """Where the next pass begins: samples over all ranks."""
+        return self._begin
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; nothing happens where it is the one we are in."""
@@ -105,10 +127,15 @@ class ElasticSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """This rank's share of what is left of the epoch. A second pass in the same epoch begins at its start."""
-        self.consumed = self._begin
-        mine = deal(self._order(self.epoch), self._begin, self.rank, self.num_replicas, drop_last=self.drop_last)
-        self._begin = 0
-        return iter(mine.tolist())
+        return deal(
+            self.rest_of_epoch(), self._order(self.epoch), self.rank, self.num_replicas, drop_last=self.drop_last
+        )
+
+    def rest_of_epoch(self) -> Indices:
+        """What is left of the epoch, of all ranks: a pass begins."""
+        begin, self._begin = self._begin, 0
+        self.consumed = begin
+        return self._order(self.epoch)[begin:]
 
     def __len__(self) -> int:
         """Samples that this rank takes in this epoch, those that it counts from before included."""
@@ -132,14 +159,15 @@ def share(samples: int, ranks: int, *, drop_last: bool) -> int:
     return samples // ranks if drop_last else -(-samples // ranks)
 
 
-def deal(order: torch.Tensor, begin: int, rank: int, ranks: int, *, drop_last: bool) -> torch.Tensor:
-    """A rank's share of ``order[begin:]``: one to each rank in turn; the last round is filled up, or left out."""
-    rest = order[begin:]
-    if drop_last:
-        rest = rest[: len(rest) // ranks * ranks]
-    elif (missing := -len(rest) % ranks) and len(order):
-        rest = torch.cat([rest, order.repeat(-(-missing // len(order)))[:missing]])
-    return rest[rank::ranks]
+def deal(rest: Indices, order: Indices, rank: int, ranks: int, *, drop_last: bool) -> Iterator[int]:
+    """A rank's share of the rest of an order: one to each rank in turn; the last round is filled up, or left out."""
+    count = share(len(rest), ranks, drop_last=drop_last)
+    mine = rest[rank::ranks][:count]
+    for begin in range(0, len(mine), PIECE):
+        yield from mine[begin : begin + PIECE].tolist()  # all at once, they take several times the tensor's memory
+    if len(mine) < count:
+        place = (rank - len(rest) % ranks) % len(order)
+        yield from order[place : place + 1].tolist()
 
 
 def seed_of(seed: int, epoch: int) -> int:
@@ -147,11 +175,31 @@ def seed_of(seed: int, epoch: int) -> int:
     return (seed * 0x2545F4914F6CDD1D + (epoch + 1) * _EPOCH_STRIDE) & _SEED_MASK
 
 
+class InOrder:
+    """The indices as they come."""
+
+    def __init__(self, indices: range) -> None:
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, places: slice) -> InOrder:
+        return InOrder(self._indices[places])
+
+    def tolist(self) -> list[int]:
+        """As numbers."""
+        return list(self._indices)
+
+
 def _by_seed(size: int, shuffle: bool, seed: int) -> Order:
-    def order(epoch: int) -> torch.Tensor:
+    def order(epoch: int) -> Indices:
         if not shuffle:
-            return torch.arange(size)
-        return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+            return InOrder(range(size))
+        drawn = seed_of(seed, epoch)
+        if size > COMPUTED_ABOVE:
+            return ComputedPermutation(size, drawn)
+        return torch.randperm(size, generator=torch.Generator().manual_seed(drawn))
 
     return order
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 
 from elastic_fit.callbacks import _lightning, session
-from elastic_fit.callbacks.randomness import saving_alone
+from elastic_fit.callbacks.collective import saving_alone
 from elastic_fit.callbacks.seal import Purpose, facts_of, persist
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.store import is_remote

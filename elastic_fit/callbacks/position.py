@@ -5,23 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from elastic_fit.callbacks import _lightning, session
+from elastic_fit.callbacks.augmentation import SeededBatches, WorkerStart
 from elastic_fit.callbacks.data import ElasticSampler, order_of
+from elastic_fit.callbacks.globalbatch import GlobalBatches, Split
+from elastic_fit.callbacks.loggers import ContinuedLoggers
 from elastic_fit.callbacks.randomness import RandomStreams
 from elastic_fit.callbacks.restart import RestartedEpoch
-from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.errors import ElasticFitError, UsageError
 
 log = logging.getLogger("elastic_fit")
 
 
 class PositionCannotBeKept(ElasticFitError):
     """With ``--strict-data``: a resumed run would not see the data that it should."""
+
+
+class GlobalBatchRefused(UsageError):
+    """With ``--global-batch-size``: the script's way of training leaves no room for it."""
 
 
 class DataPosition(pl.Callback):
@@ -32,10 +43,12 @@ class DataPosition(pl.Callback):
     Args:
         seed: of the order; by default Lightning's global seed, else one that is made of the run's id, else 0.
         strict: raise PositionCannotBeKept instead of warning where a loader's position can't be kept.
+        global_batch: samples of an optimizer step over all ranks, kept whatever their number is.
     """
 
-    def __init__(self, *, seed: int | None = None, strict: bool = False) -> None:
+    def __init__(self, *, seed: int | None = None, strict: bool = False, global_batch: int | None = None) -> None:
         self._seed = seed
+        self._global_batch = global_batch
         self._strict = strict
         self._trainer: pl.Trainer | None = None
         self._restored: list[dict[str, Any] | None] = []
@@ -54,7 +67,7 @@ class DataPosition(pl.Callback):
         """From here on, training data that Lightning prepares is dealt by us."""
         if stage == "fit":
             self._trainer = trainer
-            _lightning.deal_training_data(trainer, self._sampler_for)
+            _lightning.deal_training_data(trainer, self._prepared)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
@@ -75,7 +88,12 @@ class DataPosition(pl.Callback):
             return []
         batches = _lightning.batches_at_boundary(trainer)
         is_over = _lightning.is_epoch_over(trainer, batches)
-        return [_position(loader, batches, is_over) for loader in _lightning.train_loaders(trainer)]
+        parts = trainer.accumulate_grad_batches
+        return [_position(loader, batches, is_over, parts) for loader in _lightning.train_loaders(trainer)]
+
+    def global_batch(self) -> int | None:
+        """Samples that an optimizer step takes, over all ranks; None where it isn't known."""
+        return next((place["global_batch"] for place in self.positions() if place), None)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -91,33 +109,95 @@ class DataPosition(pl.Callback):
         """The loaders that are about to be prepared go on from here."""
         self._restored = list(state_dict.get("loaders", []))
 
-    def _sampler_for(self, loader: DataLoader[Any], shuffle: bool) -> ElasticSampler | None:
+    def _prepared(self, loader: DataLoader[Any], shuffle: bool) -> DataLoader[Any] | None:
+        """The loader, dealt by us; None where its position can't be kept."""
         restored = self._restored.pop(0) if self._restored else None
-        assert self._trainer is not None
         why = why_not(loader)
         if why is not None:
             self._complain(loader, why)
             return None
-        order = order_of(loader.sampler, self.seed)
-        sampler = ElasticSampler(
+        sampler = self._sampler(loader, shuffle, restored)
+        ours = _lightning.with_sampler(loader, sampler)
+        if self._global_batch is not None:
+            ours = self._split(ours, sampler, self._global_batch)
+        self._settle(ours, sampler, restored)
+        if ours.num_workers:
+            ours = _lightning.with_batches(ours, SeededBatches(ours.batch_sampler, sampler))
+            ours.worker_init_fn = WorkerStart(ours.worker_init_fn, _lightning.seed_each_sample)
+        return ours
+
+    def _sampler(self, loader: DataLoader[Any], shuffle: bool, restored: dict[str, Any] | None) -> ElasticSampler:
+        assert self._trainer is not None
+        seed = int(restored["seed"]) if restored is not None else self.seed
+        return ElasticSampler(
             loader.dataset,  # type: ignore[arg-type]
             shuffle=shuffle and is_shuffled(loader, self._trainer),
-            seed=self.seed,
+            seed=seed,
             num_replicas=self._trainer.world_size,
             rank=self._trainer.global_rank,
-            order=order,
+            order=order_of(loader.sampler, seed),
         )
-        if restored is not None and restored["size"] == sampler.size:
-            sampler.seed = int(restored["seed"])
-            sampler.start_at(
-                int(restored["epoch"]),
-                int(restored["consumed"]),
-                taken_before=int(restored["batches"]) * (batch_size_of(loader) or 0),
-                began_at_batch=_lightning.batches_at_boundary(self._trainer) if restored["batches"] else 0,
-            )
-        else:
-            sampler.set_epoch(_lightning.epoch_under_way(self._trainer))
-        return sampler
+
+    def _split(self, loader: DataLoader[Any], sampler: ElasticSampler, size: int) -> DataLoader[Any]:
+        """The loader with batches that add up to the global batch."""
+        assert self._trainer is not None
+        batch_size = batch_size_of(loader)
+        assert batch_size is not None
+        split = Split.of(size, sampler.num_replicas, batch_size)
+        refuse_what_cannot_be_split(self._trainer, loader, split)
+        batches = GlobalBatches(sampler, split, drop_last=bool(getattr(loader.batch_sampler, "drop_last", False)))
+        self._trainer.accumulate_grad_batches = split.parts
+        return _lightning.with_batches(loader, batches)
+
+    def _settle(self, loader: DataLoader[Any], sampler: ElasticSampler, restored: dict[str, Any] | None) -> None:
+        """Put the sampler, and Lightning's count of the epoch's batches, where the checkpoint was written."""
+        trainer = self._trainer
+        assert trainer is not None
+        if restored is None or restored["size"] != sampler.size:
+            sampler.set_epoch(_lightning.epoch_under_way(trainer))
+            return
+        before = int(restored["batches"])
+        parts, parts_then = trainer.accumulate_grad_batches, int(restored.get("parts", 0))
+        if before and parts_then and parts != parts_then:
+            before = before // parts_then * parts
+            _lightning.count_batches_anew(trainer, before)
+        sampler.start_at(
+            int(restored["epoch"]),
+            int(restored["consumed"]),
+            taken_before=before * (batch_size_of(loader) or 0),
+            began_at_batch=_lightning.batches_at_boundary(trainer) if before else 0,
+        )
+        batches = global_batches_of(loader)
+        if batches is not None:
+            batches.done_before = before
+        self._tell_of_change(restored.get("global_batch"), _global_batch(loader, sampler, parts))
+
+    def _tell_of_change(self, before: int | None, now: int | None) -> None:
+        """Say that an optimizer step takes another number of samples than it did."""
+        if before is None or before == now or self._trainer is None or not self._trainer.is_global_zero:
+            return
+        worker = session.current()
+        if worker is not None:
+            worker.ledger.write("global_batch", before=before, now=now, world_size=self._trainer.world_size)
+        log.warning(
+            "elastic-fit: an optimizer step takes %s samples from here on, not %s: there are %s ranks now. "
+            "The learning rate stays as it is. --global-batch-size %s keeps the batch.",
+            now,
+            before,
+            self._trainer.world_size,
+            before,
+        )
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """With a global batch: where ranks take unequal shares of it, their gradients count accordingly."""
+        batches = next(
+            (one for loader in _lightning.train_loaders(trainer) if (one := global_batches_of(loader))), None
+        )
+        if batches is None or not loss.requires_grad:
+            return
+        weight = batches.weight(_lightning.batch_under_way(trainer) - batches.sampler.began_at_batch)
+        if weight != 1.0:
+            loss.register_hook(lambda gradient: gradient * weight)
 
     def _complain(self, loader: object, why: str) -> None:
         text = (
@@ -137,13 +217,22 @@ def run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED") or own)
 
 
-def companions(trainer: pl.Trainer, *, strict: bool = False, reproducible: bool = False) -> list[pl.Callback]:
+def companions(
+    trainer: pl.Trainer,
+    folder: Path,
+    pinned: Sequence[bool],
+    *,
+    strict: bool = False,
+    reproducible: bool = False,
+    global_batch: int | None = None,
+) -> list[pl.Callback]:
     """What has to go with a checkpoint callback for a resumed run to be the same run, as far as it isn't there."""
     there = _lightning.callbacks_of(trainer)
     wanted: list[pl.Callback] = [
-        DataPosition(strict=strict),
+        DataPosition(strict=strict, global_batch=global_batch),
         RandomStreams(run_seed(), reproducible=reproducible),
         RestartedEpoch(),
+        ContinuedLoggers(folder, pinned),
     ]
     return [one for one in wanted if not any(type(one) is type(other) for other in there)]
 
@@ -176,20 +265,58 @@ def batch_size_of(loader: DataLoader[Any]) -> int | None:
 
 def sampler_of(loader: Any) -> ElasticSampler | None:
     """Our sampler in a loader, if it is there."""
-    for sampler in (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
-        if isinstance(sampler, ElasticSampler):
-            return sampler
-    return None
+    sampler = getattr(loader, "sampler", None)
+    while not isinstance(sampler, ElasticSampler) and loader is not None:
+        loader = getattr(loader, "batch_sampler", None) or getattr(loader, "batches", None)
+        sampler = getattr(loader, "sampler", None)
+    return sampler if isinstance(sampler, ElasticSampler) else None
 
 
-def _position(loader: Any, batches: int, is_over: bool) -> dict[str, Any] | None:
+def global_batches_of(loader: Any) -> GlobalBatches | None:
+    """The batches of a loader, if they add up to a global batch."""
+    batches = getattr(loader, "batch_sampler", None)
+    batches = batches.batches if isinstance(batches, SeededBatches) else batches
+    return batches if isinstance(batches, GlobalBatches) else None
+
+
+def refuse_what_cannot_be_split(trainer: pl.Trainer, loader: DataLoader[Any], split: Split) -> None:
+    """Raise GlobalBatchRefused where a global batch would silently mean something else than it says."""
+    why = ""
+    if len(_lightning.train_loaders(trainer)) > 1:
+        why = "the script trains on several loaders at once"
+    elif type(loader.batch_sampler) is not BatchSampler:
+        why = "the script makes its batches itself (batch_sampler)"
+    elif any(isinstance(one, GradientAccumulationScheduler) for one in _lightning.callbacks_of(trainer)):
+        why = "the script schedules the accumulation of gradients itself (GradientAccumulationScheduler)"
+    elif split.parts > 1 and not trainer.lightning_module.automatic_optimization:
+        why = (
+            f"{split.size} samples on {split.ranks} ranks take {split.parts} batches of at most {loader.batch_size} on "
+            "each, and under manual optimisation the script decides when to step"
+        )
+    if why:
+        raise GlobalBatchRefused(f"the global batch can't be kept: {why}", hint="leave out --global-batch-size")
+
+
+def _global_batch(loader: Any, sampler: ElasticSampler, parts: int) -> int | None:
+    """Samples that an optimizer step takes, over all ranks."""
+    batches = global_batches_of(loader)
+    if batches is not None:
+        return batches.split.size
+    size = batch_size_of(loader)
+    return size * sampler.num_replicas * parts if size is not None else None
+
+
+def _position(loader: Any, batches: int, is_over: bool, parts: int) -> dict[str, Any] | None:
     sampler = sampler_of(loader)
     size = batch_size_of(loader) if sampler is not None else None
     if sampler is None or size is None:
         return None
-    state = sampler.state_dict()
+    state = {**sampler.state_dict(), "parts": parts, "global_batch": _global_batch(loader, sampler, parts)}
     if is_over:
         return {**state, "epoch": sampler.epoch + 1, "consumed": 0, "batches": 0}
+    split = global_batches_of(loader)
+    if split is not None:
+        return {**state, "consumed": split.consumed(batches - sampler.began_at_batch), "batches": batches}
     consumed, in_pass = place_after(sampler, batches - sampler.began_at_batch, size)
     return {**state, "consumed": consumed, "batches": in_pass}
 

@@ -8,87 +8,14 @@ derived anew after every batch, so that any resume, also from a survivor's save,
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 
 from elastic_fit.callbacks import _lightning
-from elastic_fit.callbacks.collective import gather
-from elastic_fit.callbacks.data import seed_of
-
-_alone = False
-_NUMPY_SEEDS = 1 << 32
-
-
-@contextlib.contextmanager
-def saving_alone() -> Iterator[None]:
-    """Meanwhile no other rank is asked for its streams: a survivor saves without collectives."""
-    global _alone
-    _alone = True
-    try:
-        yield
-    finally:
-        _alone = False
-
-
-def is_saving_alone() -> bool:
-    """Whether other ranks may be gone: nothing of the state may be asked of them."""
-    return _alone
-
-
-def stream_seed(seed: int, rank: int, batches: int) -> int:
-    """The 63-bit seed of a rank's streams after so many batches of the whole training."""
-    return seed_of(seed_of(seed, rank), batches)
-
-
-def capture_streams() -> dict[str, Any]:
-    """The state of this process's streams: numbers and byte tensors only."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": {
-            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-            "pos": int(numpy_state["state"]["pos"]),
-            "has_gauss": int(numpy_state["has_gauss"]),
-            "gauss": float(numpy_state["gauss"]),
-        },
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_streams(state: dict[str, Any]) -> None:
-    """Put this process's streams where `capture_streams` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    numpy_state = state["numpy"]
-    np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": {"key": numpy_state["key"].numpy().astype(np.uint32), "pos": numpy_state["pos"]},
-            "has_gauss": numpy_state["has_gauss"],
-            "gauss": numpy_state["gauss"],
-        }
-    )
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def derive_streams(seed: int, rank: int, batches: int) -> None:
-    """Seed this process's streams by the rule of `stream_seed`."""
-    value = stream_seed(seed, rank, batches)
-    random.seed(value)
-    np.random.seed(value % _NUMPY_SEEDS)
-    torch.manual_seed(value)
+from elastic_fit.callbacks.collective import gather, is_saving_alone
+from elastic_fit.callbacks.streams import capture_streams, derive_streams, restore_streams
 
 
 class RandomStreams(pl.Callback):
@@ -118,7 +45,7 @@ class RandomStreams(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Every rank's streams; collective, except in a survivor's own save."""
         trainer = self._trainer
-        if trainer is None or _alone:
+        if trainer is None or is_saving_alone():
             return {"seed": self._seed, "ranks": []}
         over = _lightning.is_epoch_over(trainer, _lightning.batches_at_boundary(trainer))
         streams, before = capture_streams(), self._before_validation

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from elastic_fit.callbacks import _lightning
-from elastic_fit.callbacks.randomness import is_saving_alone
+from elastic_fit.callbacks.collective import is_saving_alone
 
 
 class RestartedEpoch(pl.Callback):

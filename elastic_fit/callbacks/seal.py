@@ -23,8 +23,8 @@ import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 
 from elastic_fit.callbacks import _lightning, session
-from elastic_fit.callbacks.collective import gather
-from elastic_fit.callbacks.randomness import is_saving_alone
+from elastic_fit.callbacks.collective import gather, is_saving_alone
+from elastic_fit.callbacks.position import DataPosition
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged, is_remote
@@ -306,6 +306,11 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
     metrics = _lightning.callback_metrics(trainer, ask_others=not is_saving_alone())
     if "optimizer_states" not in checkpoint:
         extra["weights_only"] = True
+    batch = next(
+        (one.global_batch() for one in _lightning.callbacks_of(trainer) if isinstance(one, DataPosition)), None
+    )
+    if batch is not None:
+        extra["global_batch"] = batch
     return Facts(
         step=trainer.global_step,
         epoch=trainer.current_epoch,
