@@ -34,7 +34,7 @@ class Numbers:
 def per_sample_s(iterator: Iterator[int], most: int) -> float:
     """Seconds per index, the making of the order included."""
     began, count = time.perf_counter(), 0
-    for count, _ in enumerate(iterator, 1):  # noqa: B007
+    for count, _ in enumerate(iterator, 1):
         if count == most:
             break
     return (time.perf_counter() - began) / count

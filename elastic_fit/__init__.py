@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
     from elastic_fit.callbacks.data import ElasticSampler
-    from elastic_fit.callbacks.streams import capture_streams, restore_streams
     from elastic_fit.callbacks.notice import on_stop_notice
+    from elastic_fit.callbacks.streams import capture_streams, restore_streams
     from elastic_fit.supervisor.errors import ElasticFitError
     from elastic_fit.supervisor.store import latest_valid, verify
 

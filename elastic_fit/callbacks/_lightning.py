@@ -349,7 +349,11 @@ def is_validation_under_way(trainer: pl.Trainer) -> bool:
     """Whether this moment is in the middle of one of ``fit``'s own validations (not of the sanity check)."""
     if trainer.state.fn != TrainerFn.FITTING or not trainer.validating or trainer.sanity_checking:
         return False
-    return bool(trainer.lightning_module._current_fx_name != "on_validation_end")
+    hook = trainer.lightning_module._current_fx_name
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    # Within ``on_save_checkpoint`` the hook that saves isn't known: it comes after the last batch was counted, or before.
+    is_past_batches = progress.is_last_batch and progress.current.completed == progress.current.ready > 0
+    return not (hook == "on_validation_end" or (hook == "on_save_checkpoint" and is_past_batches))
 
 
 def redo_validation(checkpoint: dict[str, Any]) -> None:
