@@ -351,7 +351,7 @@ def is_validation_under_way(trainer: pl.Trainer) -> bool:
         return False
     hook = trainer.lightning_module._current_fx_name
     progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    # Within ``on_save_checkpoint`` the hook that saves isn't known: it comes after the last batch was counted, or before.
+    # Within ``on_save_checkpoint`` the hook that saves is not known, but whether the last batch was counted is.
     is_past_batches = progress.is_last_batch and progress.current.completed == progress.current.ready > 0
     return not (hook == "on_validation_end" or (hook == "on_save_checkpoint" and is_past_batches))
 

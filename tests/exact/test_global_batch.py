@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_fit import ElasticSampler
@@ -16,6 +16,7 @@ from tests.launching import Elastic, Outcome
 SAMPLES, STEP, EPOCHS, RATE = 52, 8, 2, 0.25
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 9), st.integers(1, 40))
 def test_the_weighted_parts_of_a_step_are_its_mean(size: int, ranks: int, batch_size: int, samples: int) -> None:
     split = Split.of(size, ranks, batch_size)
@@ -26,6 +27,7 @@ def test_the_weighted_parts_of_a_step_are_its_mean(size: int, ranks: int, batch_
     assert abs(sum(split.weight(samples, *slot) for slot in slots) / split.slots - 1) < 1e-12
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 12), st.integers(1, 6), st.booleans())
 def test_every_step_takes_the_same_samples_whatever_the_number_of_ranks(
     size: int, ranks: int, step: int, batch_size: int, drop_last: bool

@@ -111,6 +111,7 @@ def test_with_a_global_batch_every_epoch_is_the_dataset_exactly(
     assert seen == [Counter(range(size))] * EPOCHS
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
 def test_a_computed_order_is_a_permutation_from_any_place_on(size: int, seed: int) -> None:
     order = ComputedPermutation(size, seed)
