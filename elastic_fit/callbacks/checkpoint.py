@@ -166,8 +166,8 @@ class ElasticCheckpoint(ModelCheckpoint):
             callbacks.append(Stopper())
 
     def _companions(self, trainer: pl.Trainer, *, is_resumed: bool) -> list[pl.Callback]:
-        folder = Path(str(self.dirpath))
-        pinned = pin_late(trainer.loggers, folder) if is_resumed else [False] * len(trainer.loggers)
+        folder = None if is_remote(str(self.dirpath)) else Path(str(self.dirpath))
+        pinned = pin_late(trainer.loggers, folder) if folder and is_resumed else [False] * len(trainer.loggers)
         return companions(trainer, folder, pinned, global_batch=self.global_batch_size)
 
     def _make_store(self, root: Path | str) -> CheckpointStore:

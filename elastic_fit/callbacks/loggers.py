@@ -80,11 +80,11 @@ class ContinuedLoggers(pl.Callback):
     """Keeps the last optimizer step's rows in checkpoints, and has pinned loggers go on after them.
 
     Args:
-        folder: of this fit's checkpoints.
+        folder: of this fit's checkpoints; None where it is remote, and loggers begin new versions.
         pinned: which of the trainer's loggers write to the files of an earlier attempt.
     """
 
-    def __init__(self, folder: Path, pinned: Sequence[bool]) -> None:
+    def __init__(self, folder: Path | None, pinned: Sequence[bool]) -> None:
         self._folder = folder
         self._pinned = pinned
         self._trainer: pl.Trainer | None = None
@@ -105,7 +105,7 @@ class ContinuedLoggers(pl.Callback):
         self._rows = [[] for _ in trainer.loggers]
         for logger, rows in zip(trainer.loggers, self._rows, strict=True):
             logger.log_metrics = self._listening(logger.log_metrics, rows)  # type: ignore[method-assign]
-        if trainer.is_global_zero and trainer.loggers:
+        if trainer.is_global_zero and trainer.loggers and self._folder is not None:
             files = [LoggerFiles.of(one, with_version=True) for one in trainer.loggers if _loggers.keeps_files(one)]
             _publish(self._folder / RECORD, json.dumps([asdict(one) for one in files], indent=1))
 

@@ -133,6 +133,7 @@ class DataPosition(pl.Callback):
             loader.dataset,  # type: ignore[arg-type]
             shuffle=shuffle and is_shuffled(loader, self._trainer),
             seed=seed,
+            drop_last=bool(loader.drop_last),
             num_replicas=self._trainer.world_size,
             rank=self._trainer.global_rank,
             order=order_of(loader.sampler, seed),
@@ -219,7 +220,7 @@ def run_seed() -> int:
 
 def companions(
     trainer: pl.Trainer,
-    folder: Path,
+    folder: Path | None,
     pinned: Sequence[bool],
     *,
     strict: bool = False,

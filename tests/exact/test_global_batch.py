@@ -72,10 +72,6 @@ class Regression(pl.LightningModule):
         note("seen", f"{{self.current_epoch}}:{{self.global_step}}:{{index.tolist()}}".replace(" ", ""))
         return ((x * self.weight).sum(dim=1) - y).square().mean()
 
-    def on_train_batch_end(self, *_):
-        if RANK == 0:
-            note("weights", f"{{self.global_step}}:{{self.weight.tolist()}}".replace(" ", ""))
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr={rate})
 
@@ -86,8 +82,14 @@ class Regression(pl.LightningModule):
         return DataLoader(TensorDataset(x, y, torch.arange({samples})), batch_size=3, shuffle=True)
 
 
+class Weights(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        if RANK == 0:
+            note("weights", f"{{trainer.global_step}}:{{module.weight.tolist()}}".replace(" ", ""))
+
+
 pl.seed_everything(7)
-trainer(*[{mishaps}], max_epochs={epochs}).fit(Regression())
+trainer(Weights(), *[{mishaps}], max_epochs={epochs}).fit(Regression())
 """
 FLAGS = ("--checkpoint-steps", "1", "--max-restarts", "0")
 

@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
@@ -15,8 +14,6 @@ from elastic_fit import ElasticSampler
 from elastic_fit.callbacks.globalbatch import GlobalBatches, Split
 from elastic_fit.callbacks.permutation import ComputedPermutation
 from elastic_fit.callbacks.position import place_after
-from tests.exact.test_under_the_launcher import SCRIPT
-from tests.launching import Elastic, Outcome
 
 EPOCHS = 3
 
@@ -43,7 +40,8 @@ def train(size: int, batch: int, attempts: list[Attempt], *, drop_last: bool) ->
     epoch, consumed = 0, 0
     for attempt in [*attempts, *[Attempt(2, size)] * EPOCHS]:
         samplers = [
-            ElasticSampler(range(size), seed=3, num_replicas=attempt.ranks, rank=r) for r in range(attempt.ranks)
+            ElasticSampler(range(size), seed=3, drop_last=drop_last, num_replicas=attempt.ranks, rank=rank)
+            for rank in range(attempt.ranks)
         ]
         for sampler in samplers:
             sampler.start_at(epoch, consumed)
@@ -127,30 +125,3 @@ def test_a_computed_order_looks_shuffled_and_differs_between_epochs() -> None:
     assert sum(b == a + 1 for a, b in itertools.pairwise(one)) < 20
     halves = sum(index < 5_000 for index in one[:5_000])
     assert abs(halves - 2_500) < 250
-
-
-def epochs_of(outcome: Outcome) -> list[Counter[int]]:
-    """Of a step that was done twice, the second time counts: the first one's is in no checkpoint."""
-    steps: dict[tuple[int, int], dict[int, list[int]]] = {}
-    for line in outcome.notes("samples"):
-        epoch, step, rank, samples = line.split(":")
-        ranks = steps.setdefault((int(epoch), int(step)), {})
-        if rank in ranks or len(ranks) > 2:
-            ranks.clear()
-        ranks[int(rank)] = [int(one) for one in samples.strip("[]").split(",")]
-    epochs: dict[int, Counter[int]] = {}
-    for (epoch, _), ranks in steps.items():
-        epochs.setdefault(epoch, Counter()).update(index for samples in ranks.values() for index in samples)
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-@pytest.mark.parametrize("kills", [(2, 5, 9), (4, 7, 11)])
-def test_two_one_three_two_workers_with_kills_show_each_sample_once_an_epoch(kills: tuple, elastic: Elastic) -> None:
-    flags = ("--checkpoint-steps", "1", "--max-restarts", "0")
-    for workers, kill in zip((2, 1, 3), kills, strict=True):
-        assert (
-            elastic(SCRIPT + f"trainer(At({kill}, die), max_epochs=3).fit(Seen())\n", *flags, workers=workers).code == 1
-        )
-    last = elastic(SCRIPT + "trainer(max_epochs=3).fit(Seen())\n", *flags, workers=2)
-    assert last.code == 0, last.output()
-    assert epochs_of(last) == [Counter(range(24))] * EPOCHS
