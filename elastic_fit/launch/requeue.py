@@ -82,12 +82,14 @@ class JobStart:
 
         One of the nodes does it, once. Raises StorageError where the run folder can't be written.
         """
-        if status not in INTERRUPTED or not self._mark("ended"):
+        events = read(self.folder.events)
+        is_short_of_nodes = status == Exit.FAILED and _misses_a_node(events)
+        if not (status in INTERRUPTED or is_short_of_nodes) or not self._mark("ended"):
             return
         scheduler, unavailable = self._ask()
-        events = read(self.folder.events)
         source, reason = self._stop(events)
         cause = cause_of(source, reason, scheduler, lost_a_node=_misses_a_node(events))
+        cause = Interruption.CRASH if is_short_of_nodes else cause
         step = durable_steps(self.folder)
         decision = decide_requeue(cause, scheduler, history_of(events, self.job.job_id), step)
         if isinstance(decision, Leave) and unavailable is not None and cause is not Interruption.OPERATOR:

@@ -285,6 +285,17 @@ def test_job_that_finished_or_failed_is_not_put_back(tmp_path: Path, status: Exi
     assert scontrol.asked == []
 
 
+def test_job_that_has_too_few_nodes_left_and_gets_no_others_is_put_back_as_crashed(tmp_path: Path) -> None:
+    scontrol = Scontrol()
+    start = started(tmp_path, scontrol)
+    start.begin()
+    for change in ("round", "lost"):
+        start.ledger.write("membership", change=change)
+    start.end(Exit.FAILED)
+    assert scontrol.requeues == 1
+    assert [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "requeue"] == ["crash"]
+
+
 def test_controller_that_is_away_is_waited_for(tmp_path: Path) -> None:
     away = Done(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     scontrol = Scontrol(away, away, Done(0, SAYS, ""), away)
