@@ -6,6 +6,7 @@ daemons are this process's children. Debian: ``apt-get install slurm-wlm munge``
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+
+from elastic_fit.supervisor import watch
 
 NODES = 8
 GRACE_S = 20
@@ -130,7 +133,14 @@ class Slurm:
     def _start(self, name: str, *command: str, cwd: Path) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command, cwd=cwd, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                command,
+                cwd=cwd,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=functools.partial(watch.die_with_parent, os.getpid()),
             )
 
     def _start_munge(self) -> None:
