@@ -29,6 +29,7 @@ class SignalLatch:
     def __init__(self) -> None:
         self._arrived: list[int] = []
         self._before: dict[int, Any] = {}
+        self._mask: set[int] = set()
         self._reader, self._writer = os.pipe()
         for descriptor in (self._reader, self._writer):
             os.set_blocking(descriptor, False)
@@ -36,12 +37,14 @@ class SignalLatch:
     def __enter__(self) -> SignalLatch:
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._latch)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Who was held before is held again: a signal on the way out does not undo an exit status that is settled.
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.close(self._reader)
