@@ -186,3 +186,16 @@ def test_a_dataloader_reads_its_batches_from_where_ours_are_put() -> None:
     vars(loader)["batch_sampler"] = [[3, 2], [1, 0]]
     assert [batch.tolist() for batch in loader] == [[3, 2], [1, 0]]
     assert list(inspect.signature(_MapDatasetFetcher.fetch).parameters) == ["self", "possibly_batched_index"]
+
+
+def test_the_fit_loop_knows_for_which_epoch_its_loaders_were_made(tmp_path) -> None:
+    training = trainer(tmp_path, max_epochs=2)
+    assert training.fit_loop._last_train_dl_reload_epoch == float("-inf")
+    training.fit(Line())
+    assert training.fit_loop._last_train_dl_reload_epoch == 0
+
+
+def test_the_connector_looks_for_what_lightnings_own_requeue_has_saved(tmp_path) -> None:
+    assert trainer(tmp_path)._checkpoint_connector._hpc_resume_path is None
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    assert trainer(tmp_path)._checkpoint_connector._hpc_resume_path == str(tmp_path / "hpc_ckpt_1.ckpt")

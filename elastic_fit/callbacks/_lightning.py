@@ -204,6 +204,17 @@ def train_loaders(trainer: pl.Trainer) -> list[Any]:
     return list(combined.flattened) if combined is not None else []
 
 
+def reload_epoch(trainer: pl.Trainer) -> int | None:
+    """The epoch that the training loaders were made for, by which ``reload_dataloaders_every_n_epochs`` counts."""
+    epoch = trainer.fit_loop._last_train_dl_reload_epoch
+    return int(epoch) if epoch != float("-inf") else None
+
+
+def set_reload_epoch(trainer: pl.Trainer, epoch: int) -> None:
+    """Have ``reload_dataloaders_every_n_epochs`` count from `epoch`, not from a restart."""
+    trainer.fit_loop._last_train_dl_reload_epoch = epoch
+
+
 def measure_epoch(trainer: pl.Trainer) -> None:
     """Have Lightning count the batches of the coming epoch anew, from the lengths that its loaders have now."""
     loop = trainer.fit_loop
@@ -224,9 +235,7 @@ def measure_epoch(trainer: pl.Trainer) -> None:
         trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
 
 
-def deal_training_data(
-    trainer: pl.Trainer, prepare_loader: Callable[[DataLoader[Any], bool], DataLoader[Any] | None]
-) -> None:
+def deal_training_data(trainer: pl.Trainer, prepare_loader: Callable[[object, bool], DataLoader[Any] | None]) -> None:
     """Have Lightning take what `prepare_loader` makes of each training loader; where that is None, prepare it itself.
 
     Scripts that have said ``use_distributed_sampler=False`` keep what they have.
@@ -237,14 +246,17 @@ def deal_training_data(
     def prepare_ours(dataloader: object, shuffle: bool, mode: RunningStage) -> object:
         overfits = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         wanted = trainer._accelerator_connector.use_distributed_sampler and not overfits
-        if mode != RunningStage.TRAINING or not wanted or not isinstance(dataloader, DataLoader):
-            return prepare(dataloader, shuffle, mode)
-        if isinstance(dataloader, _Stateful):
+        if mode != RunningStage.TRAINING or not wanted:
             return prepare(dataloader, shuffle, mode)
         ours = prepare_loader(dataloader, shuffle)
         return prepare(dataloader, shuffle, mode) if ours is None else ours
 
     connector._prepare_dataloader = prepare_ours  # type: ignore[method-assign]
+
+
+def keeps_state(loader: object) -> bool:
+    """Whether a loader keeps its own place, in a ``state_dict`` that Lightning saves."""
+    return isinstance(loader, _Stateful)
 
 
 def with_sampler(loader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
@@ -319,6 +331,11 @@ def resume_from(trainer: pl.Trainer, path: str) -> None:
         restore(path, weights_only)
 
     connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign, assignment]
+
+
+def has_hpc_checkpoint(trainer: pl.Trainer) -> bool:
+    """Whether Lightning's own handling of SLURM has left a checkpoint, which ``fit(ckpt_path="hpc")`` insists on."""
+    return trainer._checkpoint_connector._hpc_resume_path is not None
 
 
 def requeues_by_itself(trainer: pl.Trainer) -> bool:

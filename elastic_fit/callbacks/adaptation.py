@@ -66,6 +66,8 @@ def _numbered(fit: Any) -> Any:
             else:
                 number, point = worker.begin_fit()
                 ours.assign(worker.folder.fit(number), point, self.loggers)
+                if ckpt_path == "hpc" and not _lightning.has_hpc_checkpoint(self):
+                    ckpt_path = None  # a script that is to resume from the job's own checkpoint: that is what we do
                 ckpt_path = point.path if point else ckpt_path
                 weights_only = False if worker.context.settings.load_unsafe else weights_only
         return fit(

@@ -52,6 +52,7 @@ class DataPosition(pl.Callback):
         self._strict = strict
         self._trainer: pl.Trainer | None = None
         self._restored: list[dict[str, Any] | None] = []
+        self._reloaded_at: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -74,6 +75,20 @@ class DataPosition(pl.Callback):
         if stage == "fit":
             _lightning.deal_as_before(trainer)
             self._restored = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on, loaders are made for epochs that nobody has begun.
+
+        They may have been prepared before the loops were restored, and more than once, by a script that asks for the
+        ``estimated_stepping_batches``: what depends on the loop's counters is made good here.
+        """
+        for loader, restored in zip(_lightning.train_loaders(trainer), self._restored, strict=False):
+            sampler = sampler_of(loader)
+            if sampler is not None and restored is not None and restored["size"] == sampler.size:
+                self._count_from(loader, sampler, restored)
+        if self._reloaded_at is not None:
+            _lightning.set_reload_epoch(trainer, self._reloaded_at)
+        self._restored, self._reloaded_at = [], None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch that began with another number of ranks had another number of batches than this one has."""
@@ -103,15 +118,20 @@ class DataPosition(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, one record a loader."""
-        return {"loaders": self.positions()}
+        trainer = self._trainer
+        return {"loaders": self.positions(), "reloaded_at": _lightning.reload_epoch(trainer) if trainer else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The loaders that are about to be prepared go on from here."""
         self._restored = list(state_dict.get("loaders", []))
+        self._reloaded_at = state_dict.get("reloaded_at")
 
-    def _prepared(self, loader: DataLoader[Any], shuffle: bool) -> DataLoader[Any] | None:
-        """The loader, dealt by us; None where its position can't be kept."""
-        restored = self._restored.pop(0) if self._restored else None
+    def _prepared(self, loader: object, shuffle: bool) -> DataLoader[Any] | None:
+        """The loader, dealt by us; None where its position can't be kept, or it keeps it itself."""
+        restored = self._restored[0] if self._restored else None
+        self._restored = [*self._restored[1:], *self._restored[:1]]  # the same ones may be prepared again
+        if not isinstance(loader, DataLoader) or _lightning.keeps_state(loader):
+            return None
         why = why_not(loader)
         if why is not None:
             self._complain(loader, why)
@@ -157,21 +177,25 @@ class DataPosition(pl.Callback):
         if restored is None or restored["size"] != sampler.size:
             sampler.set_epoch(_lightning.epoch_under_way(trainer))
             return
-        before = int(restored["batches"])
-        parts, parts_then = trainer.accumulate_grad_batches, int(restored.get("parts", 0))
-        if before and parts_then and parts != parts_then:
-            before = before // parts_then * parts
-            _lightning.count_batches_anew(trainer, before)
+        before = batches_before(restored, trainer.accumulate_grad_batches)
         sampler.start_at(
-            int(restored["epoch"]),
-            int(restored["consumed"]),
-            taken_before=before * (batch_size_of(loader) or 0),
-            began_at_batch=_lightning.batches_at_boundary(trainer) if before else 0,
+            int(restored["epoch"]), int(restored["consumed"]), taken_before=before * (batch_size_of(loader) or 0)
         )
         batches = global_batches_of(loader)
         if batches is not None:
             batches.done_before = before
-        self._tell_of_change(restored.get("global_batch"), _global_batch(loader, sampler, parts))
+        self._count_from(loader, sampler, restored)
+        self._tell_of_change(
+            restored.get("global_batch"), _global_batch(loader, sampler, trainer.accumulate_grad_batches)
+        )
+
+    def _count_from(self, loader: Any, sampler: ElasticSampler, restored: dict[str, Any]) -> None:
+        """Bring the loop's count of the epoch's batches and the sampler's place together."""
+        assert self._trainer is not None
+        before = batches_before(restored, self._trainer.accumulate_grad_batches)
+        if before != int(restored["batches"]):
+            _lightning.count_batches_anew(self._trainer, before)
+        sampler.began_at_batch = _lightning.batches_at_boundary(self._trainer) if before else 0
 
     def _tell_of_change(self, before: int | None, now: int | None) -> None:
         """Say that an optimizer step takes another number of samples than it did."""
@@ -256,6 +280,12 @@ def why_not(loader: DataLoader[Any]) -> str | None:
     if batch_size_of(loader) is None:
         return "its batches have no fixed size"
     return None
+
+
+def batches_before(restored: dict[str, Any], parts: int) -> int:
+    """Batches of the epoch that are behind a rank, where its optimizer steps take so many of them now."""
+    before, parts_then = int(restored["batches"]), int(restored.get("parts", 0))
+    return before // parts_then * parts if before and parts_then and parts != parts_then else before
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int | None:

@@ -55,6 +55,14 @@ def test_20542_a_job_that_is_told_by_sigterm_that_its_time_is_up_saves_and_says_
     assert "Bypassing" not in outcome.output()
 
 
+def test_20347_a_script_that_always_resumes_from_the_job_s_own_checkpoint_can_start(elastic: Elastic) -> None:
+    """Can't resume automatically a job, ckpt_path="hpc" throws ValueError from the start: nothing is there yet."""
+    outcome = elastic('trainer(At(5, die, rank=1)).fit(Model(), ckpt_path="hpc")\n')
+    assert outcome.code == 0
+    assert outcome.events("rescue")[0]["step"] == 5
+    assert outcome.notes("trained") == [str(step) for step in range(1, 17)], "and goes on when it is started again"
+
+
 def test_14893_signals_that_a_scheduler_sends_on_top_are_not_bypassed_and_do_no_harm(elastic: Elastic) -> None:
     """Lightning gets a lot of SIGTERMs from another manager of SLURM's (submitit), and bypasses them."""
     body = f"""
