@@ -53,16 +53,30 @@ def draw(seed: int, count: int, last_step: int, acts: Sequence[tuple[str, bool]]
 
 
 STRIKING = """
+from elastic_fit.callbacks import session
+
+
 class Strikes(pl.Callback):
     def __init__(self, number, step, moment, act, rank):
-        self.mark, self.step, self.rank = HERE / f"mishap-{number}-{RANK}", step, rank
+        self.mark, self.step, self.rank = HERE / f"mishap-{number}", step, rank
         self.act = {"die": die, "fall_over": fall_over, "stop": lambda: os.kill(LAUNCHER, signal.SIGTERM)}[act]
+        self.has_struck = False
         setattr(self, moment, self.look)
 
     def look(self, trainer, *_):
-        if trainer.global_step >= self.step and self.rank in (None, RANK) and not self.mark.exists():
-            self.mark.touch()
+        if trainer.global_step >= self.step and self.rank in (None, RANK) and self.comes_about():
+            self.has_struck = True
             self.act()
+
+    def comes_about(self):
+        # In one attempt alone: of a mishap of all ranks, the first to die may take one along that had not come so far.
+        context = session.current().context
+        attempt = f"{context.generation}-{context.attempt}"
+        try:
+            self.mark.symlink_to(attempt)
+        except FileExistsError:
+            return os.readlink(self.mark) == attempt and not self.has_struck
+        return True
 """
 
 
