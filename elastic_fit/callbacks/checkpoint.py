@@ -295,9 +295,11 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
-        """Swap the symlink by rename, where Lightning would remove it first."""
-        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            Seals.of(trainer).link(filepath, linkpath)
+        """Swap the symlink by rename, where Lightning would remove it first. A save that failed is not linked to."""
+        seals = Seals.of(trainer)
+        is_itself = os.path.abspath(filepath) == os.path.abspath(linkpath)
+        if trainer.is_global_zero and not is_itself and seals.last_failure is None:
+            seals.link(filepath, linkpath)
         trainer.strategy.barrier()
 
     # failures
@@ -310,7 +312,9 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """This rank leaves because something failed, here or on another rank: save what is whole."""
-        if self._is_off(trainer) or not self.emergency or isinstance(exception, SystemExit) or not self.is_active:
+        is_alone = session.current() is None and trainer.world_size == 1  # nobody survives anybody
+        is_told = isinstance(exception, SystemExit)
+        if self._is_off(trainer) or not self.emergency or is_alone or is_told or not self.is_active:
             super().on_exception(trainer, pl_module, exception)
             return
         rescue(trainer, self._make_store(str(self.dirpath)), self._guard, exception, self.began_step)

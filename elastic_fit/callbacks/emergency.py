@@ -56,8 +56,6 @@ def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error:
     """
     step = trainer.global_step
     worker = session.current()
-    if worker is None and trainer.world_size == 1:
-        return False  # nobody survives anybody; the exception is the script's to deal with
     why = _why_not(trainer, guard)
     if why is not None:
         _tell_loss(trainer, store, why, began)

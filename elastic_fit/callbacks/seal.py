@@ -27,7 +27,16 @@ from elastic_fit.callbacks.collective import gather, is_saving_alone
 from elastic_fit.callbacks.position import DataPosition
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
-from elastic_fit.supervisor.store import CheckpointStore, Facts, FencedOff, FileEntry, SaveFailed, Staged, is_remote
+from elastic_fit.supervisor.store import (
+    CheckpointStore,
+    Facts,
+    FencedOff,
+    FileEntry,
+    SaveFailed,
+    Staged,
+    is_remote,
+    open_store,
+)
 
 log = logging.getLogger("elastic_fit")
 
@@ -48,7 +57,7 @@ class Seals:
     """The sealed folders of one trainer's strategy.
 
     Saves outside of them go the strategy's own way. A save that fails is told, remembered and does not end the
-    training: the checkpoints before it are untouched.
+    training: the checkpoints before it are untouched, also by those who believe that it has taken their place.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -60,6 +69,7 @@ class Seals:
         self.purpose = Purpose()
         self.finite_check = True
         self.last_failure: str | None = None
+        self._put_off: dict[str, None] = {}
         strategy.save_checkpoint = self.save  # type: ignore[method-assign]
         strategy.remove_checkpoint = self.remove  # type: ignore[method-assign]
         setattr(strategy, _WRAPPED, self)
@@ -184,16 +194,26 @@ class Seals:
                     seconds=round(seconds, 4),
                     stall_s=round(seconds, 4),
                 )
+        self._put_off.pop(path, None)
+        put_off, self._put_off = self._put_off, {}
+        for filepath in put_off:
+            self.remove(filepath)
 
     def remove(self, filepath: Any) -> None:
-        """What ``strategy.remove_checkpoint`` does now: manifest first, then data."""
+        """What ``strategy.remove_checkpoint`` does now: manifest first, then data.
+
+        Put off until another save has succeeded, where the newest one has failed or nothing else would be valid.
+        """
         place = self.store_of(filepath)
         if place is None:
             self._remove(filepath)
         elif self._trainer.is_global_zero:
             store, name = place
             with self.telling():
-                store.remove(name)
+                if self.last_failure is None and not is_last_valid(store, name):
+                    store.remove(name)
+                else:
+                    self._put_off[str(store.root / name)] = None
 
     def link(self, filepath: str, linkpath: str) -> None:
         """Point a symlink at a checkpoint beside it, by rename."""
@@ -215,6 +235,12 @@ class Seals:
             worker = session.current()
             if worker is not None:
                 worker.ledger.write("cleanup_failed", error=error.message)
+
+
+def is_last_valid(store: CheckpointStore, name: str) -> bool:
+    """Whether that checkpoint is the only one in its folder that a run could go on from."""
+    path = store.root / name
+    return [one.path.name for one in open_store(path.parent).valid()] == [path.name]
 
 
 def _absolute(place: str | Path) -> str:

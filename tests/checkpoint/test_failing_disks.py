@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from elastic_fit import ElasticCheckpoint, latest_valid
 from elastic_fit.callbacks.seal import persist
 from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed
-from tests.checkpoint.models import Line, names, trainer
+from tests.checkpoint.models import At, Line, names, steps, trainer
 from tests.store.disks import CountingDisk, FailingAt
 
 STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "optimizer_states": []}
@@ -68,6 +70,44 @@ def test_a_disk_that_deletes_and_links_nothing_does_not_end_the_training(
     assert chosen is not None
     assert chosen.manifest.step == 8
     assert "last.ckpt" not in names(tmp_path)
+
+
+class FullCheckpoint(ElasticCheckpoint):
+    """On a disk that is full while `is_full`."""
+
+    is_full = False
+
+    def _make_store(self, root: Path) -> CheckpointStore:
+        checkpoint = self
+
+        class Full(CountingDisk):
+            def before(self, number: int, operation: str) -> None:
+                if checkpoint.is_full and operation == "create":
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return CheckpointStore(root, disk=Full())
+
+    def fill(self, _: pl.Trainer) -> None:
+        self.is_full = True
+
+    def free(self, _: pl.Trainer) -> None:
+        self.is_full = False
+
+
+@pytest.mark.parametrize("options", [{}, {"monitor": "train_loss"}, {"save_last": "link"}])
+def test_a_full_disk_deletes_nothing_that_a_failed_save_was_to_replace(tmp_path: Path, options: dict[str, Any]) -> None:
+    checkpoint = FullCheckpoint(dirpath=tmp_path, every_n_train_steps=2, **options)
+    trainer(tmp_path, At(3, checkpoint.fill), checkpoint, max_epochs=1).fit(Line())
+    chosen = latest_valid(tmp_path).chosen
+    assert chosen is not None
+    assert chosen.manifest.step == 2
+    assert all((tmp_path / name).exists() for name in os.listdir(tmp_path))
+
+
+def test_what_a_failed_save_was_to_replace_goes_with_the_next_that_succeeds(tmp_path: Path) -> None:
+    checkpoint = FullCheckpoint(dirpath=tmp_path, every_n_train_steps=2)
+    trainer(tmp_path, At(3, checkpoint.fill), At(5, checkpoint.free), checkpoint, max_epochs=1).fit(Line())
+    assert steps(tmp_path) == [8]
 
 
 def test_a_training_without_a_launcher_sweeps_after_one_that_died(tmp_path: Path) -> None:

@@ -113,6 +113,19 @@ def test_retention_does_not_count_what_holds_nan(tmp_path: Path) -> None:
     assert chosen.manifest.step == 3
 
 
+@pytest.mark.parametrize("monitor", [None, "train_loss"])
+def test_what_holds_nan_never_takes_the_place_of_the_last_valid_one(tmp_path: Path, monitor: str | None) -> None:
+    def poison(trainer: pl.Trainer) -> None:
+        with torch.no_grad():
+            trainer.lightning_module.layer.weight.fill_(float("nan"))
+
+    checkpoint = ElasticCheckpoint(dirpath=tmp_path, every_n_train_steps=2, monitor=monitor, mode="max")
+    trainer(tmp_path, At(3, poison), checkpoint, max_epochs=1).fit(Line())
+    chosen = latest_valid(tmp_path).chosen
+    assert chosen is not None
+    assert chosen.manifest.step == 2
+
+
 def test_a_disk_that_refuses_does_not_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "checkpoints"
 
