@@ -1,7 +1,7 @@
 """The arbiter: where the roster lives, so that whoever stores the next version first has decided.
 
-It holds one versioned document and one counter per node. Three places can be the arbiter: the shared run folder, an
-etcd server, and a TCP store.
+It holds one versioned document and one counter per node. Two places can be the arbiter: the shared run folder and an
+etcd server. A TCP store can't: what was decided in it is gone with its host (docs/elastic.md).
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from elastic_fit.launch.arbiter import ArbiterLost
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.roster import Roster
 
+ETCD_BACKENDS = ("etcd", "etcd-v2")
+"""What ``--rdzv-backend`` calls it."""
 DEFAULT_PORT = 2379
 READ_TIMEOUT_S = 3
 """How long one request may take; the caller judges by how long none was answered."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
+from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.supervisor.exits import Exit as Status
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 FOLDER = "membership"
 """Where in the run folder the nodes agree."""
-ETCD_BACKENDS = ("etcd", "etcd-v2")
 BOUND_OF = {"silence": "silence_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
 """What of ``--rdzv-conf`` sets which limit, in seconds."""
 TELL_AFTER_S = 1.0
@@ -89,8 +89,6 @@ def arbiter_of(invocation: Invocation, folder: RunDir, name: str) -> Arbiter:
     """The arbiter that the command line asks for. Raises UsageError and StorageError where it can't be one."""
     args = invocation.torchrun
     if args.rdzv_backend in ETCD_BACKENDS:
-        from elastic_fit.launch.etcd import EtcdArbiter
-
         return EtcdArbiter.at(args.rdzv_endpoint, name)
     return FolderArbiter(folder.root / FOLDER)
 

@@ -19,12 +19,23 @@ from torch.distributed.elastic.multiprocessing import Std
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
 from elastic_fit.launch._torchelastic import event_log_handlers
+from elastic_fit.launch.etcd import ETCD_BACKENDS
 from elastic_fit.launch.slurm import Job
 from elastic_fit.supervisor.context import Settings
 from elastic_fit.supervisor.errors import UsageError
 
 DEFAULT_MAX_RESTARTS = 3
+BACKENDS = ("static", "c10d", *ETCD_BACKENDS)
 ENVIRONMENT_PREFIX = "ELASTIC_FIT_"
+OTHER_HELP = {
+    "max_restarts": "Failures in a row without progress that are answered with a restart "
+    f"(default {DEFAULT_MAX_RESTARTS}).",
+    "rdzv_backend": "Where the nodes agree. static (the default) and c10d: the run folder, no host is needed for it; "
+    "etcd and etcd-v2: the etcd server at the endpoint.",
+    "rdzv_endpoint": "With static and c10d: the node that is asked whether it sees the same run folder, as "
+    "<host>[:<port>]; it serves nothing else and may die. With etcd: the server.",
+}
+"""What torchrun's flags mean here, where that is not what they mean to torchrun."""
 WITHOUT_EFFECT = {
     "--numa-binding": "numa_binding",
     "--logs-specs": "logs_specs",
@@ -92,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest == "max_restarts":
             action.default = _from_environment("PET_MAX_RESTARTS", DEFAULT_MAX_RESTARTS)
-            action.help = "Failures in a row without progress that are answered with a restart (default 3)."
+        action.help = OTHER_HELP.get(action.dest, action.help)
     _set_defaults_of_job(parser)
     _add_ours(parser.add_argument_group("elastic-fit"))
     return parser
@@ -223,6 +234,7 @@ def _unknown(flag: str, parser: argparse.ArgumentParser) -> UsageError:
 
 def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invocation:
     _check_nodes(parsed.nnodes)
+    _check_backend(parsed.rdzv_backend)
     _check_workers(parsed)
     if parsed.module and parsed.no_python:
         raise UsageError("-m and --no-python exclude each other", hint="-m runs a Python module")
@@ -284,6 +296,11 @@ def _check_nodes(text: str) -> None:
             f"--nnodes {text}: the minimum must be above zero and not above the maximum",
             hint="write MIN:MAX, for example --nnodes 1:4",
         )
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise UsageError(f"there is no rendezvous backend {name}", hint=f"one of {', '.join(BACKENDS)}")
 
 
 def _check_workers(parsed: argparse.Namespace) -> None:

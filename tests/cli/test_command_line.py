@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_fit.launch.parser import parse, parse_duration
+from elastic_fit.launch.parser import build_parser, parse, parse_duration
 from elastic_fit.supervisor.errors import UsageError
 
 
@@ -103,6 +103,8 @@ MISTAKES = {
     "--local-ranks-filter first train.py": "--local-ranks-filter first",
     "--event-log-handler none train.py": "one of console",
     "--master-port http train.py": "invalid int value",
+    "--nnodes 1:4 --rdzv-backend c10 train.py": "there is no rendezvous backend c10",
+    "--nnodes 1:4 --rdzv-backend zookeeper train.py": "one of static, c10d, etcd, etcd-v2",
 }
 
 
@@ -113,6 +115,12 @@ def test_a_mistake_is_named_with_a_hint(line: str) -> None:
     assert MISTAKES[line] in f"{mistake.value.message} {mistake.value.hint}"
     assert mistake.value.hint
     assert "\n" not in mistake.value.message
+
+
+def test_help_says_that_c10d_is_the_run_folder_and_what_the_endpoint_is_asked() -> None:
+    told = " ".join(build_parser().format_help().split())
+    assert "static (the default) and c10d: the run folder" in told
+    assert "With static and c10d: the node that is asked whether it sees the same run folder" in told
 
 
 def test_flags_of_torchruns_that_change_nothing_here_are_named() -> None:
