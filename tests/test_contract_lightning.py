@@ -199,3 +199,22 @@ def test_the_connector_looks_for_what_lightnings_own_requeue_has_saved(tmp_path)
     assert trainer(tmp_path)._checkpoint_connector._hpc_resume_path is None
     (tmp_path / "hpc_ckpt_1.ckpt").touch()
     assert trainer(tmp_path)._checkpoint_connector._hpc_resume_path == str(tmp_path / "hpc_ckpt_1.ckpt")
+
+
+def test_a_captured_state_holds_the_loaders_states_where_they_can_be_dropped(tmp_path) -> None:
+    class Own:
+        def __iter__(self):
+            return iter([[torch.ones(2, 4)]])
+
+        def state_dict(self):
+            return {"place": 1}
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    training = trainer(tmp_path, max_epochs=1)
+    training.fit(Line(), Own())
+    state = training._checkpoint_connector.dump_checkpoint(False)
+    assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"place": 1}]
+    _lightning.drop_loader_states(state)
+    assert "combined_loader" not in state["loops"]["fit_loop"]["state_dict"]

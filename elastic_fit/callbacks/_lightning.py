@@ -259,6 +259,11 @@ def keeps_state(loader: object) -> bool:
     return isinstance(loader, _Stateful)
 
 
+def drop_loader_states(checkpoint: dict[str, Any]) -> None:
+    """Have Lightning restore no loader from a captured state."""
+    checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+
+
 def with_sampler(loader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
     """The same training loader with another sampler; a batch sampler of its own class draws from that one."""
     return _update_dataloader(loader, sampler, RunningStage.TRAINING)

@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.augmentation import SeededBatches, WorkerStart
+from elastic_fit.callbacks.collective import gather
 from elastic_fit.callbacks.data import ElasticSampler, order_of
 from elastic_fit.callbacks.globalbatch import GlobalBatches, Split
 from elastic_fit.callbacks.loggers import ContinuedLoggers
@@ -53,6 +54,7 @@ class DataPosition(pl.Callback):
         self._trainer: pl.Trainer | None = None
         self._restored: list[dict[str, Any] | None] = []
         self._reloaded_at: int | None = None
+        self._states: list[list[Any] | None] = []
 
     @property
     def state_key(self) -> str:
@@ -88,7 +90,7 @@ class DataPosition(pl.Callback):
                 self._count_from(loader, sampler, restored)
         if self._reloaded_at is not None:
             _lightning.set_reload_epoch(trainer, self._reloaded_at)
-        self._restored, self._reloaded_at = [], None
+        self._restored, self._reloaded_at, self._states = [], None, []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch that began with another number of ranks had another number of batches than this one has."""
@@ -117,19 +119,37 @@ class DataPosition(pl.Callback):
         _lightning.roll_back_to_boundary(trainer, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, one record a loader."""
+        """Plain numbers, one record a loader, and what loaders that keep their place say of it; collective."""
         trainer = self._trainer
-        return {"loaders": self.positions(), "reloaded_at": _lightning.reload_epoch(trainer) if trainer else None}
+        if trainer is None:
+            return {"loaders": []}
+        return {
+            "loaders": self.positions(),
+            "reloaded_at": _lightning.reload_epoch(trainer),
+            "states": [_states_of_all(loader) for loader in _lightning.train_loaders(trainer)],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning would have every rank's loader go on from rank 0's state."""
+        if "states" in checkpoint.get("callbacks", {}).get(self.state_key, {}):
+            _lightning.drop_loader_states(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The loaders that are about to be prepared go on from here."""
         self._restored = list(state_dict.get("loaders", []))
         self._reloaded_at = state_dict.get("reloaded_at")
+        self._states = list(state_dict.get("states", []))
 
     def _prepared(self, loader: object, shuffle: bool) -> DataLoader[Any] | None:
         """The loader, dealt by us; None where its position can't be kept, or it keeps it itself."""
         restored = self._restored[0] if self._restored else None
         self._restored = [*self._restored[1:], *self._restored[:1]]  # the same ones may be prepared again
+        states = self._states[0] if self._states else None
+        self._states = [*self._states[1:], *self._states[:1]]
+        if states and _lightning.keeps_state(loader):
+            self._take_up(loader, states)
         if not isinstance(loader, DataLoader) or _lightning.keeps_state(loader):
             return None
         why = why_not(loader)
@@ -145,6 +165,20 @@ class DataPosition(pl.Callback):
             ours = _lightning.with_batches(ours, SeededBatches(ours.batch_sampler, sampler))
             ours.worker_init_fn = WorkerStart(ours.worker_init_fn, _lightning.seed_each_sample)
         return ours
+
+    def _take_up(self, loader: Any, states: list[Any]) -> None:
+        """Give a loader that keeps its own place this rank's state back, where there is one."""
+        assert self._trainer is not None
+        is_own = len(states) == self._trainer.world_size
+        loader.load_state_dict(states[self._trainer.global_rank if is_own else 0])
+        if not is_own and self._trainer.is_global_zero:
+            log.warning(
+                "elastic-fit: the checkpoint has the states of %s of a %s, for %s ranks now: all of them go on from "
+                "the first one, so that samples may be shown twice or left out in this epoch",
+                len(states),
+                type(loader).__name__,
+                self._trainer.world_size,
+            )
 
     def _sampler(self, loader: DataLoader[Any], shuffle: bool, restored: dict[str, Any] | None) -> ElasticSampler:
         assert self._trainer is not None
@@ -298,7 +332,8 @@ def sampler_of(loader: Any) -> ElasticSampler | None:
     """Our sampler in a loader, if it is there."""
     sampler = getattr(loader, "sampler", None)
     while not isinstance(sampler, ElasticSampler) and loader is not None:
-        loader = getattr(loader, "batch_sampler", None) or getattr(loader, "batches", None)
+        inner = getattr(loader, "batch_sampler", None)  # not to be asked for its truth: it may have no length
+        loader = inner if inner is not None else getattr(loader, "batches", None)
         sampler = getattr(loader, "sampler", None)
     return sampler if isinstance(sampler, ElasticSampler) else None
 
@@ -326,6 +361,11 @@ def refuse_what_cannot_be_split(trainer: pl.Trainer, loader: DataLoader[Any], sp
         )
     if why:
         raise GlobalBatchRefused(f"the global batch can't be kept: {why}", hint="leave out --global-batch-size")
+
+
+def _states_of_all(loader: Any) -> list[Any] | None:
+    """What a loader that keeps its own place says of it, on every rank; None for one that doesn't."""
+    return gather(loader.state_dict()) if _lightning.keeps_state(loader) else None
 
 
 def _global_batch(loader: Any, sampler: ElasticSampler, parts: int) -> int | None:
