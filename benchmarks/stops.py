@@ -1,8 +1,11 @@
 """Tell a training to stop at random moments, many times, and see that it saves on one step and ends in time.
 
-    python -m benchmarks.stops --rounds 100 --results stops.jsonl
-    python -m benchmarks.stops --rounds 10 --stock --results stops.jsonl      the same of torchrun + Lightning
+    python -m benchmarks.stops --rounds 100 --jobs 4 --results stops.jsonl
+    python -m benchmarks.stops --rounds 1 --stock --results stops.jsonl       the same of torchrun + Lightning
     python -m benchmarks.stops --table stops.jsonl
+
+It goes on where the results end, and prints the tables of docs/stopping.md. With --jobs, trainings run side by side
+and are slower each, which moves the moments of the stops; what is counted is the same.
 
 A row is who is told ({launcher, all workers, rank 0 only, rank 1 only}), how long a step takes (0 and 20 ms) and the
 strategy (DDP, FSDP2 by ModelParallelStrategy). Two ranks train a small model, validate every 10 steps and save every 5,
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import io
 import itertools
 import json
@@ -31,6 +35,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -38,10 +43,14 @@ from elastic_fit.launch.parser import parse
 from elastic_fit.launch.render import Console
 from elastic_fit.launch.run import launch
 from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor import watch
 from elastic_fit.supervisor.ledger import read
 from elastic_fit.supervisor.store import latest_valid
 
 TARGETS = ("launcher", "all", "rank 0", "rank 1")
+NAMES = {"all": "all workers"}
+PAUSES_MS = (0, 20)
+STRATEGIES = ("ddp", "fsdp2")
 GRACE_S = 30.0
 SCRIPT = """
 import os, sys, time
@@ -166,50 +175,85 @@ def stock(target: str, pause_ms: int, strategy: str, folder: Path, draw: random.
         process.wait()
 
 
+def rounds_of(path: Path) -> list[dict[str, Any]]:
+    """The rounds that are in a file of results."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def table(path: Path) -> str:
-    """The counts, as a table in Markdown."""
-    rounds = [json.loads(line) for line in path.read_text().splitlines()]
-    kinds: dict[tuple[str, ...], collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for one in rounds:
-        came = one["came"].split(",")[0].split(" ")[0] if one["by"] == "ours" else one["came"]
-        kinds[one["by"], one["target"], f"{one['pause_ms']} ms", one["strategy"]][came] += 1
+    """The counts, as tables in Markdown: who saved, by row, and what came of the others."""
+    rounds = rounds_of(path)
+    lines = []
+    for by in sorted({one["by"] for one in rounds}):
+        lines += ["", *_saved_by_row(by, [one for one in rounds if one["by"] == by])]
+    others = collections.Counter(
+        (one["by"], one["target"], f"{one['pause_ms']} ms", one["strategy"], one["came"].replace("\n", " "))
+        for one in rounds
+        if one["came"] != "saved"
+    )
+    if others:
+        lines += ["", "| by | who is told | step | strategy | came to | rounds |", "|---|---|---|---|---|---|"]
+        lines += [f"| {' | '.join(key)} | {number} |" for key, number in sorted(others.items())]
+    return "\n".join(lines[1:])
+
+
+def _saved_by_row(by: str, rounds: list[dict[str, Any]]) -> list[str]:
+    columns = [(strategy, pause_ms) for pause_ms in PAUSES_MS for strategy in STRATEGIES]
+    heads = [f"{strategy.upper()}, {pause_ms} ms" for strategy, pause_ms in columns]
     lines = [
-        "| by | who is told | step | strategy | rounds | saved | hung | else |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{by}: saved {_count(rounds)}",
+        "",
+        f"| who is told | {' | '.join(heads)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    for key, counts in sorted(kinds.items()):
-        saved = sum(number for came, number in counts.items() if came.startswith("saved"))
-        others = "; ".join(f"{number}x {came}" for came, number in counts.items() if not came.startswith("saved"))
-        lines.append(f"| {' | '.join(key)} | {counts.total()} | {saved} | {counts['hung']} | {others or '-'} |")
-    return "\n".join(lines)
+    for target in TARGETS:
+        cells = [
+            _count([one for one in rounds if (one["target"], one["strategy"], one["pause_ms"]) == (target, *column)])
+            for column in columns
+        ]
+        lines.append(f"| {NAMES.get(target, target)} | {' | '.join(cells)} |")
+    return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Play the rounds, a round of each row in turn; 1 where one of ours was not saved."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stock", action="store_true", help="torchrun + Lightning instead of ours")
-    parser.add_argument("--results", type=Path, default=Path("stops.jsonl"))
-    parser.add_argument("--limit", type=float, default=1e9, help="end after so many seconds, between two rounds")
-    parser.add_argument("--table", type=Path, help="print the table of these results, and leave")
-    args = parser.parse_args(argv)
-    if args.table:
-        print(table(args.table))
-        return 0
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    draw, until, bad = random.Random(args.seed), time.monotonic() + args.limit, 0
+def _count(rounds: list[dict[str, Any]]) -> str:
+    if not rounds:
+        return "-"
+    saved = sum(one["came"].startswith("saved") for one in rounds)
+    hung = sum(one["came"] == "hung" for one in rounds)
+    return f"{saved} of {len(rounds)}" + (f", {hung} hung" if hung else "")
+
+
+Case = tuple[int, str, int, str]
+"""A round's number, who is told, how long a step takes, the strategy."""
+
+
+def left(args: argparse.Namespace) -> list[Case]:
+    """The rounds of this process's share that are not in the results yet, a round of each row in turn."""
+    share, jobs = (int(part) for part in args.share.split("/"))
+    by = "stock" if args.stock else "ours"
+    played = {
+        (one["round"], one["target"], one["pause_ms"], one["strategy"])
+        for one in rounds_of(args.results)
+        if (one["by"], one["seed"]) == (by, args.seed)
+    }
+    cases = itertools.product(range(args.rounds), TARGETS, PAUSES_MS, STRATEGIES)
+    # Shifted by the round, so that no share has the same rows again and again.
+    mine = (case for place, case in enumerate(cases) if (place + case[0]) % jobs == share)
+    return [case for case in mine if case not in played]
+
+
+def play(cases: Sequence[Case], args: argparse.Namespace) -> None:
+    """Play rounds one after another, each with draws of its own, and write down what came of each."""
+    until = time.monotonic() + args.limit
     nursery = None if args.stock else Nursery(warm=True)
     try:
-        rows = itertools.product(range(args.rounds), TARGETS, (0, 20), ("ddp", "fsdp2"))
-        for number, target, pause_ms, strategy in rows:
+        for number, target, pause_ms, strategy in cases:
             if time.monotonic() > until:
                 break
+            draw = random.Random(f"{args.seed} {number} {target} {pause_ms} {strategy}")
             with tempfile.TemporaryDirectory(prefix="stops-") as name:
                 case = (target, pause_ms, strategy, Path(name), draw)
                 came = stock(*case) if nursery is None else ours(nursery, *case)
-            bad += came != "saved"
             record = {"by": "stock" if args.stock else "ours", "target": target, "pause_ms": pause_ms}
             record |= {"strategy": strategy, "round": number, "seed": args.seed, "came": came}
             with args.results.open("a") as file:
@@ -219,7 +263,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if nursery is not None:
             nursery.close()
-    return int(bool(bad) and not args.stock)
+
+
+def share_out(jobs: int, argv: Sequence[str]) -> None:
+    """Play in several processes: each is a launcher of its own, to which signals can be sent."""
+    command = [sys.executable, "-m", "benchmarks.stops", *argv]
+    here = functools.partial(watch.die_with_parent, os.getpid())
+    players = [
+        subprocess.Popen([*command, "--jobs", "1", "--share", f"{share}/{jobs}"], preexec_fn=here)
+        for share in range(jobs)
+    ]
+    for player in players:
+        player.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play the rounds that the results lack, print the table; 1 where one of ours was not saved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=100, help="of each row")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stock", action="store_true", help="torchrun + Lightning instead of ours")
+    parser.add_argument(
+        "--results", type=Path, default=Path("stops.jsonl"), help="rounds that are there are not played"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="so many trainings at a time")
+    parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=1e9, help="end after so many seconds, between two rounds")
+    parser.add_argument("--table", type=Path, help="print the table of these results, and leave")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(args.table))
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if args.jobs > 1:
+        share_out(args.jobs, sys.argv[1:] if argv is None else argv)
+    else:
+        play(left(args), args)
+    if args.share == "0/1":
+        print(table(args.results))
+    return int(any(one["came"] != "saved" for one in rounds_of(args.results) if one["by"] == "ours"))
 
 
 if __name__ == "__main__":
