@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -57,6 +58,20 @@ class Count(pl.Callback):
     def on_train_batch_end(self, trainer, *_):
         if RANK == 0:
             note("trained", trainer.global_step)
+
+
+def told(act, rank=0):
+    """What has one rank tell the launcher, and all wait until they hear of it: the rest of the training is shorter."""
+
+    def tell_and_wait():
+        from elastic_fit.callbacks import session
+
+        if rank == RANK:
+            act()
+        while not session.current().board.request:
+            time.sleep(0.001)
+
+    return tell_and_wait
 
 
 def die():

@@ -22,6 +22,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.utils.data import DataLoader
+from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from elastic_fit.callbacks import _lightning
@@ -218,3 +220,13 @@ def test_a_captured_state_holds_the_loaders_states_where_they_can_be_dropped(tmp
     assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"place": 1}]
     _lightning.drop_loader_states(state)
     assert "combined_loader" not in state["loops"]["fit_loop"]["state_dict"]
+
+
+def test_a_dataloader_looks_its_workers_loop_up_and_says_there_when_they_are_to_end() -> None:
+    loop = inspect.signature(torch_worker._worker_loop).parameters
+    assert {"done_event", "init_fn"} <= set(loop)
+    assert "target=_utils.worker._worker_loop" in inspect.getsource(torch_dataloader)
+    body = inspect.getsource(torch_worker._worker_loop)
+    assert body.index("_set_worker_signal_handlers()") < body.index("init_fn(worker_id)")
+    ends = inspect.getsource(torch_dataloader._MultiProcessingDataLoaderIter._shutdown_workers)
+    assert ends.index("_workers_done_event.set()") < ends.index("w.terminate()")

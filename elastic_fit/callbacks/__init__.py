@@ -31,9 +31,13 @@ def install(context: WorkerContext, board: Board) -> None:
 
 
 def _adapt() -> None:
+    from elastic_fit.callbacks._dataloader import keep_readers
     from elastic_fit.callbacks.adaptation import adapt_trainer
 
     adapt_trainer()
+    worker = session.current()
+    if worker is not None:
+        keep_readers(worker.board)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import threading
 
 from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks._dataloader import keep_readers
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.callbacks.notice import NOTICES
 from elastic_fit.supervisor.agreement import STOP_KEY
-from elastic_fit.supervisor.board import NOTICED, Board, StopMode, Word
+from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode, Word
 
 log = logging.getLogger("elastic_fit")
 
@@ -26,7 +28,15 @@ def begin() -> tuple[Board, Latch]:
     os.close(descriptor)
     thread = threading.Thread(target=_answer, args=(board, threading.Event()), name="elastic-fit-stop", daemon=True)
     thread.start()
+    keep_readers(board)
+    atexit.register(_end, board, os.getpid())
     return board, Latch(board)
+
+
+def _end(board: Board, pid: int) -> None:
+    """From here on the interpreter ends what reads data; a fork of this process that ends says nothing of it."""
+    if os.getpid() == pid:
+        board.enter(Phase.DONE)
 
 
 def _answer(board: Board, pause: threading.Event) -> None:

@@ -107,7 +107,7 @@ def test_a_run_that_had_finished_is_restored_and_not_trained_again(elastic: Elas
 
 def test_a_stopped_run_says_75_and_the_same_command_goes_on(elastic: Elastic) -> None:
     stop = f"lambda: os.kill({os.getpid()}, signal.SIGTERM)"
-    first = elastic(f"trainer(At(5, {stop}, rank=0)).fit(Model())\n")
+    first = elastic(f"trainer(At(5, told({stop}))).fit(Model())\n")
     assert first.code == 75
     assert "SIGTERM: saving and stopping" in first.said
     second = elastic("trainer().fit(Model())\n")

@@ -135,6 +135,24 @@ def test_a_signal_to_any_rank_saves_on_one_step_and_all_end_with_75(
     assert trained == [str(number) for number in range(1, step + 4)]
 
 
+def test_a_signal_to_all_processes_also_to_those_that_read_the_data_saves_and_all_end_with_75(started) -> None:
+    readers = """
+class Read(Long):
+    def train_dataloader(self):
+        data = TensorDataset(torch.randn(20000, 4))
+        return DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork")
+Long = Read
+fit()
+"""
+    ranks = started(readers)
+    ranks.wait_for_training()
+    for process in ranks.processes:
+        assert process.pid is not None
+        os.killpg(process.pid, signal.SIGTERM)
+    assert ranks.codes() == [75, 75], ranks.said()
+    assert ranks.step() >= 5
+
+
 def test_one_process_alone_does_so_too_and_a_second_interrupt_ends_it_at_once(started) -> None:
     ranks = started("fit()\n", 1)
     ranks.wait_for_training()
