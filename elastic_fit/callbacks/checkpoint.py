@@ -155,7 +155,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         store = self._make_store(self.dirpath)
         self._seals.add(self.dirpath, store)
         if trainer.is_global_zero and session.current() is None:
-            store.sweep()  # under the launcher, it has been done
+            with self._seals.telling():  # the other ranks wait for what this one chooses
+                store.sweep()  # under the launcher, it has been done
         if path is not None:
             _lightning.resume_from(trainer, path)
 

@@ -7,7 +7,7 @@ import os
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from elastic_fit.supervisor.errors import NoValidCheckpoint
+from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError
 from elastic_fit.supervisor.store import is_remote, latest_valid, local_path, verify
 
 
@@ -37,7 +37,10 @@ def choose(
 def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | None]:
     if dirpath is None:
         return None, "resume='auto' needs to know the folder: give ElasticCheckpoint a dirpath"
-    selection = latest_valid(os.fspath(dirpath))
+    try:
+        selection = latest_valid(os.fspath(dirpath))
+    except StorageError as error:
+        return None, error.message  # the other ranks wait for an answer
     for one in selection.rejected:
         rank_zero_info(f"elastic-fit: not resuming from {one.path}: {one.why}")
     if selection.chosen is not None:

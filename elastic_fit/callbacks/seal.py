@@ -147,14 +147,15 @@ class Seals:
         except (OSError, RuntimeError, CheckpointException) as failure:
             problem = failure
         refused = _refusal(problem, mine) if problem else None
-        reports = gather((entries, refused, finite))
-        refusals = [f"rank {rank}: {one[1]}" for rank, one in enumerate(reports) if one[1]]
+        # Also what isn't the disk's doing: a part that one rank has left out must never be committed by another.
+        reports = gather((entries, refused or (repr(problem) if problem else None), finite))
+        failures = [f"rank {rank}: {one[1]}" for rank, one in enumerate(reports) if one[1]]
         outcome = 0
         try:
-            if refusals:
-                raise StorageError(f"could not write {store.root / name}: {'; '.join(refusals)}") from problem
-            if problem is not None:
+            if problem is not None and refused is None:
                 raise problem
+            if failures:
+                raise StorageError(f"could not write {store.root / name}: {'; '.join(failures)}") from problem
             if staged is not None:
                 whole = all(one[2] for one in reports) if finite is not None else None
                 others = [entry for one in reports for entry in one[0]]

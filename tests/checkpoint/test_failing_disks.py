@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from elastic_fit import ElasticCheckpoint, latest_valid
 from elastic_fit.callbacks.seal import persist
 from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed
+from tests.agent.harness import free_port
 from tests.checkpoint.models import At, Line, names, steps, trainer
 from tests.store.disks import CountingDisk, FailingAt
 
@@ -108,6 +111,45 @@ def test_what_a_failed_save_was_to_replace_goes_with_the_next_that_succeeds(tmp_
     checkpoint = FullCheckpoint(dirpath=tmp_path, every_n_train_steps=2)
     trainer(tmp_path, At(3, checkpoint.fill), At(5, checkpoint.free), checkpoint, max_epochs=1).fit(Line())
     assert steps(tmp_path) == [8]
+
+
+PARTS = """
+import sys
+from pathlib import Path
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from elastic_fit import ElasticCheckpoint
+from tests.agent.harness import free_port
+from tests.checkpoint.models import Line, trainer
+
+class Parts(DDPStrategy):
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        Path(filepath).mkdir(exist_ok=True)
+        self.barrier()
+        (Path(filepath) / f"part-{self.global_rank}").write_bytes(b"begun")
+        if self.global_rank == 1:
+            raise RuntimeError("this rank's part could not be made")
+
+folder = Path(sys.argv[1])
+checkpoint = ElasticCheckpoint(dirpath=folder, every_n_train_steps=2, keep=3)
+strategy = Parts(process_group_backend="gloo")
+trainer(folder, checkpoint, max_epochs=1, max_steps=2, devices=2, strategy=strategy).fit(Line())
+"""
+
+
+def test_what_one_rank_could_not_write_is_not_committed_by_another(tmp_path: Path) -> None:
+    port = str(free_port())
+    ranks = []
+    for rank in ("0", "1"):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": rank}
+        environment = {**os.environ, **place, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PARTS, str(tmp_path)]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert "this rank's part could not be made" in said[1]
+    assert "rank 1: RuntimeError" in said[0]
+    assert latest_valid(tmp_path).chosen is None
+    assert names(tmp_path) == []
 
 
 def test_a_training_without_a_launcher_sweeps_after_one_that_died(tmp_path: Path) -> None:

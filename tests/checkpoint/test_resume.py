@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid
+from elastic_fit.supervisor.errors import NoValidCheckpoint
 from tests.checkpoint.models import At, Line, fall_over, names, trainer
 
 
@@ -76,6 +77,13 @@ def test_when_every_checkpoint_is_bad_it_refuses_and_never_starts_at_step_0(tmp_
     with pytest.raises(ElasticFitError, match="none of the 3 checkpoints") as refusal:
         resumed(tmp_path)
     assert "start over" in refusal.value.hint
+
+
+def test_a_folder_that_everybody_may_write_into_is_refused_by_all_ranks_alike(tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(NoValidCheckpoint, match="everybody may write"):  # what rank 0 tells the others
+        resumed(tmp_path)
 
 
 def test_a_named_checkpoint_is_resumed_from_and_a_torn_one_refused(tmp_path: Path) -> None:
