@@ -141,6 +141,7 @@ class ElasticAgent(TorchelasticAgent):
         self._dumped_ns = 0
         self._marks = Marks()
         self._requests = 0
+        self._has_saved = False
         self._resume: tuple[ResumePoint, ...] = ()
 
     # the life of the job
@@ -150,7 +151,7 @@ class ElasticAgent(TorchelasticAgent):
         for number in range(1 << 31):
             attempt = self._begin(number)
             if attempt is None:
-                return self._ended_by_stop(saved=False)
+                return self._ended_by_stop(saved=self._has_saved)
             self._follow(attempt)
             failures = attempt.failures()
             if self._stop is not None or 75 in attempt.codes.values():
@@ -158,8 +159,10 @@ class ElasticAgent(TorchelasticAgent):
             if not failures:
                 return self._finished(attempt)
             restart = self._judge(attempt, failures)
-            if not restart or not self._wait_backoff(restart):
+            if not restart:
                 return Result(succeeded=False)
+            if not self._wait_backoff(restart):
+                return self._ended_by_stop(saved=self._has_saved)
         raise AssertionError("unreachable")
 
     def _begin(self, number: int) -> Attempt | None:
@@ -221,6 +224,7 @@ class ElasticAgent(TorchelasticAgent):
                 self._end_stragglers(attempt)
         self._marks.ended_ns = self._fx.now_ns()
         self.reached_step = max(self.reached_step, attempt.highest_step)
+        self._has_saved = Status.SAVED in attempt.codes.values() or bool(attempt.rescued_step)
 
     def _sleep(self, attempt: Attempt, told_of_start: bool, ending_ns: int) -> None:
         timeout = IDLE_S if told_of_start else STARTING_S
@@ -263,8 +267,11 @@ class ElasticAgent(TorchelasticAgent):
         )
         self._fx.observer.stopping(request)
         if self._attempt is not None:
-            self._requests += 1
-            self._attempt.ask(self._requests, request.mode, request.deadline_ns)
+            self._ask(self._attempt, request.mode, request.deadline_ns)
+
+    def _ask(self, attempt: Attempt, mode: StopMode, deadline_ns: int) -> None:
+        self._requests += 1
+        attempt.ask(self._requests, mode, deadline_ns)
 
     def _end_stragglers(self, attempt: Attempt) -> None:
         """The time is up: have those that are left write down where they are, then kill them."""
@@ -277,11 +284,10 @@ class ElasticAgent(TorchelasticAgent):
 
     def _conclude_stop(self, attempt: Attempt) -> Result:
         codes = attempt.codes.values()
-        is_rescued = bool(attempt.rescued_step)
-        attempt.finish()
         if codes and all(code == 0 for code in codes):
             return self._finished(attempt)
-        return self._ended_by_stop(saved=Status.SAVED in codes or is_rescued)
+        attempt.finish()
+        return self._ended_by_stop(saved=self._has_saved)
 
     def _ended_by_stop(self, *, saved: bool) -> Result:
         unsaved = self._stop.unsaved if self._stop is not None else Status.TERMINATED
@@ -325,8 +331,7 @@ class ElasticAgent(TorchelasticAgent):
         self._marks.noticed_ns = now
         patience = RESCUE_PATIENCE_S if attempt.listens() else self._limits.shutdown_s
         deadline = now + int(patience * 1e9)
-        self._requests += 1
-        attempt.ask(self._requests, StopMode.RESCUE, deadline)
+        self._ask(attempt, StopMode.RESCUE, deadline)
         return deadline
 
     def _is_over(self, attempt: Attempt, ending_ns: int) -> bool:
@@ -376,10 +381,7 @@ class ElasticAgent(TorchelasticAgent):
         while self._stop is None and (left := until - self._fx.now_ns()) > 0:
             select.select([self._ears.fileno()], [], [], min(IDLE_S, left / 1e9))
             self._note_signals()
-        if self._stop is not None:
-            self._ended_by_stop(saved=False)
-            return False
-        return True
+        return self._stop is None
 
     def _note_start(self, attempt: Attempt) -> None:
         """Every worker has done its first step: after a failure, say what it took to get here."""

@@ -39,6 +39,9 @@ from elastic_fit.supervisor.policy import (
 from elastic_fit.supervisor.roster import Cause
 from elastic_fit.supervisor.stop import StopRequest
 
+VERDICT_S = 10.0
+"""How long after a stop's deadline a node waits to hear how the job has ended."""
+
 
 class StoppedWaiting(Exception):
     """A signal has ended this node's wait for a round."""
@@ -105,7 +108,7 @@ class ClusterAgent(ElasticAgent):
         except JobClosed as end:
             return self._closed(end)
         except StoppedWaiting:
-            return self._ended_by_stop(saved=False)
+            return self._ended_by_stop(saved=self._has_saved)
         facts = self._rendezvous_of_nodes.decision
         generation = self._rendezvous_of_nodes.generation
         self._fx = fx = replace(fx, ledger=self._unbound.bind(generation=generation))
@@ -117,6 +120,8 @@ class ClusterAgent(ElasticAgent):
             self._news(facts["why"])  # this node's workers had failed of the loss before it was known as one
         attempt = self._fork(int(facts["attempt"]), group, started)
         self._tell_nodes(facts)
+        if self._stop is not None:  # it came while the round was formed; the other nodes hear of it by now
+            self._ask(attempt, self._stop.mode, self._stop.deadline_ns)
         return attempt
 
     def _tell_nodes(self, facts: Mapping[str, Any]) -> None:
@@ -147,7 +152,10 @@ class ClusterAgent(ElasticAgent):
 
     def _while_waiting(self, why: str) -> None:
         self._note_signals()
-        if self._stop is not None and self._attempt is None:
+        if self._stop is not None and (
+            not self._rendezvous_of_nodes.is_member
+            or self._fx.now_ns() >= self._stop.deadline_ns + int(VERDICT_S * 1e9)
+        ):
             raise StoppedWaiting
         self._waiting(why)
 
@@ -194,13 +202,12 @@ class ClusterAgent(ElasticAgent):
         deadline_s = self._limits.grace_s if change.deadline_s is None else change.deadline_s
         deadline = self._fx.now_ns() + int(deadline_s * 1e9)
         if self._stop is None:
-            self._requests += 1
-            attempt.ask(self._requests, StopMode.SAVE if change.save else StopMode.NO_SAVE, deadline)
+            self._ask(attempt, StopMode.SAVE if change.save else StopMode.NO_SAVE, deadline)
         return deadline
 
     def _begin_stop(self, request: StopRequest) -> None:
         super()._begin_stop(request)
-        if self._attempt is not None and self._attempt.running:
+        if self._rendezvous_of_nodes.is_member:  # else it is this node alone that leaves
             self._rendezvous_of_nodes.ask_stop(request.note(self._fx.now_ns()))
 
     def _report(self, attempt: Attempt) -> Report:
@@ -222,6 +229,7 @@ class ClusterAgent(ElasticAgent):
             cause=cause,
             codes=codes,
             reached_step=attempt.highest_step,
+            saved=self._has_saved,
             failures=[asdict(failure) for failure in told],
         )
 
@@ -241,8 +249,8 @@ class ClusterAgent(ElasticAgent):
         self._fx = replace(self._fx, ledger=self._unbound.bind(generation=gathered.generation))
         if gathered.previous and self._all_finished(gathered):
             return Verdict(goes_on=False, status=int(Status.FINISHED), facts={"why": "finished"})
-        if gathered.cause is Cause.STOP or any(report.cause is Cause.STOP for report in gathered.reports):
-            return self._conclude(gathered)
+        if gathered.note or gathered.cause is Cause.STOP or any(one.cause is Cause.STOP for one in gathered.reports):
+            return self._conclude(gathered, gathered.note)
         resume = self._fx.select_resume()
         told: dict[str, Any] | None = None
         failures = [_failure(one) for report in gathered.reports for one in report.failures]
@@ -251,7 +259,9 @@ class ClusterAgent(ElasticAgent):
             if told["gives_up"]:
                 return Verdict(goes_on=False, status=int(Status.FAILED), facts={"why": "failed", "failure": told})
             restarts += 1
-            self._wait_backoff(Restart(**told["decision"]))
+            if not self._wait_backoff(Restart(**told["decision"])):
+                assert self._stop is not None
+                return self._conclude(gathered, self._stop.note(self._fx.now_ns()), failure=told)
         self._write_round(gathered, resume)
         return Verdict(
             goes_on=True,
@@ -268,11 +278,14 @@ class ClusterAgent(ElasticAgent):
         finished = [report for report in gathered.reports if all(code == 0 for code in report.codes.values())]
         return not gathered.gone and len(finished) == len(gathered.previous)
 
-    def _conclude(self, gathered: Gathered) -> Verdict:
-        saved = any(Status.SAVED in report.codes.values() for report in gathered.reports)
-        by_hand = gathered.note.get("signal") == signal.SIGINT
+    def _conclude(
+        self, gathered: Gathered, note: Mapping[str, Any], *, failure: Mapping[str, Any] | None = None
+    ) -> Verdict:
+        saved = any(report.saved for report in gathered.reports)
+        by_hand = note.get("signal") == signal.SIGINT
         status = Status.SAVED if saved else Status.INTERRUPTED if by_hand else Status.TERMINATED
-        return Verdict(goes_on=False, status=int(status), facts={"why": str(gathered.note.get("why", "stopped"))})
+        facts = {"why": str(note.get("why", "stopped")), "failure": failure}
+        return Verdict(goes_on=False, status=int(status), facts=facts)
 
     def _weigh(
         self,

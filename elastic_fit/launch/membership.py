@@ -56,6 +56,8 @@ class Report:
     codes: Mapping[int, int] = field(default_factory=dict)
     """Exit status by global rank."""
     reached_step: int = 0
+    saved: bool = False
+    """Whether the workers left because they have saved, or one of them has rescued the state."""
     failures: Sequence[Mapping[str, Any]] = ()
     """The failed workers as JSON records."""
     name: str = ""
@@ -227,9 +229,10 @@ class ElasticRendezvous(RendezvousHandler):
         return tuple(member.name for member in self.roster.members) if self.roster is not None else ()
 
     @property
-    def leads(self) -> bool:
-        """Whether this node formed the current round."""
-        return self.roster is not None and self.roster.leader == self._keeper.me.node
+    def is_member(self) -> bool:
+        """Whether the job counts this node in: it is in the round that runs, or was in the last one."""
+        with self._keeper.changed:
+            return self._keeper.roster is not None and self._keeper.roster.seats(self._keeper.me.node)
 
     def lead(self, judge: Callable[[Gathered], Verdict]) -> None:
         """Set what decides how to go on when this node forms a round."""

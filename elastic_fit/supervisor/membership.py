@@ -182,7 +182,7 @@ def _call(view: View, roster: Roster, cause: Cause, lost: Iterable[str] = ()) ->
         leading=view.me,
         cause=cause,
         lost=tuple(lost),
-        note=dict(view.stop or {}) if cause is Cause.STOP else {},
+        note=dict(view.stop or {}),
         round=roster.round + 1,
     )
     return Propose(roster=proposal)
@@ -301,7 +301,7 @@ def _gather(view: View, roster: Roster) -> Move:
 
 
 def _graver(view: View, roster: Roster) -> Propose | None:
-    """The gathering's cause has grown: workers that were left to end in peace must be told."""
+    """The gathering's cause has grown: workers that were left to end in peace must be told. Or the job is to stop."""
     if not roster.seats(view.me.node):
         return None
     gone = _gone_members(view, roster)
@@ -311,10 +311,10 @@ def _graver(view: View, roster: Roster) -> Propose | None:
         Cause.LOST if gone else roster.cause,
         Cause.STOP if view.stop is not None else roster.cause,
     )
+    note = roster.note or dict(view.stop or {})
     # A leader that can't be reached is the others' business as well: they take over, see `_gather`.
-    if cause is roster.cause or gone == [roster.leader]:
+    if (cause is roster.cause and note == roster.note) or gone == [roster.leader]:
         return None
-    note = dict(view.stop or {}) if cause is Cause.STOP else roster.note
     return Propose(roster=roster.after(cause=cause, note=note, lost=tuple(dict.fromkeys((*roster.lost, *gone)))))
 
 
@@ -334,7 +334,8 @@ def _lead(view: View, roster: Roster) -> Move:
     present = [view.me, *back, *(peer.profile for peer in newcomers)]
     if len(present) < bounds.least:
         present += [peer.profile for peer in _put_off(view, roster)]
-    if len(present) < bounds.least:
+    # A job that is to stop waits for nobody: those who are here close it.
+    if len(present) < bounds.least and not roster.note:
         return _wait_for_minimum(view, roster, len(present))
     latest = min((peer.waited_s for peer in newcomers), default=view.phase_s)
     if roster.cause is Cause.START and len(present) < bounds.most and min(latest, view.phase_s) < bounds.gather_s:

@@ -88,7 +88,7 @@ class Roster:
     lost: tuple[str, ...] = ()
     """Nodes that the gathering doesn't wait for."""
     note: Mapping[str, Any] = field(default_factory=dict)
-    """What there is to say about a gathering: the reason for a stop and the seconds it leaves."""
+    """Where the job is to stop, whatever the gathering's cause: the reason for it and the seconds it leaves."""
     flaps: Mapping[str, int] = field(default_factory=dict)
     """By name: how often in a row a node was lost soon after it had come."""
     decision: Mapping[str, Any] = field(default_factory=dict)
