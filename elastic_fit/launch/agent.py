@@ -412,9 +412,8 @@ class ElasticAgent(TorchelasticAgent):
 
     def _finished(self, attempt: Attempt) -> Result:
         # Who reads 0 takes the trained model to be there.
-        is_unsaved = any(board[Word.END_UNSAVED] for board in attempt.boards)
+        self.status = Status.STORAGE if attempt.is_end_unsaved else Status.FINISHED
         attempt.finish()
-        self.status = Status.STORAGE if is_unsaved else Status.FINISHED
         self.wait_for_other_nodes()
         return Result(succeeded=True)
 

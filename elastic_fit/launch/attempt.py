@@ -222,6 +222,11 @@ class Attempt:
         """The step of the newest state that a worker of this node has rescued; 0 where none has."""
         return max((board[Word.RESCUED_STEP] for board in self.boards), default=0)
 
+    @property
+    def is_end_unsaved(self) -> bool:
+        """Whether a training has ended whose end a worker of this node could not save."""
+        return any(board[Word.END_UNSAVED] for board in self.boards)
+
     def listens(self) -> bool:
         """Whether a running worker can read the stop word."""
         return any(self.board_of(pid).phase >= Phase.PROCESS_GROUP for pid in self.running)

@@ -163,8 +163,9 @@ class ClusterAgent(ElasticAgent):
         self.status = Status(end.status)
         self.tally = Goodput(**end.decision["tally"]) if "tally" in end.decision else None
         self._tell_failure(end.decision)
-        self._fx.ledger.write("stopped" if self.status != Status.FINISHED else "closed", code=int(self.status))
-        return Result(succeeded=self.status == Status.FINISHED, stopped=self.status != Status.FAILED)
+        has_finished = self.status in (Status.FINISHED, Status.STORAGE)
+        self._fx.ledger.write("closed" if has_finished else "stopped", code=int(self.status))
+        return Result(succeeded=has_finished, stopped=self.status != Status.FAILED)
 
     def _tell_failure(self, facts: Mapping[str, Any]) -> None:
         told = facts.get("failure")
@@ -230,6 +231,7 @@ class ClusterAgent(ElasticAgent):
             codes=codes,
             reached_step=attempt.highest_step,
             saved=self._has_saved,
+            is_end_unsaved=attempt.is_end_unsaved,
             failures=[asdict(failure) for failure in told],
         )
 
@@ -248,7 +250,9 @@ class ClusterAgent(ElasticAgent):
         attempt = int(facts.get("attempt", -1)) + 1
         self._fx = replace(self._fx, ledger=self._unbound.bind(generation=gathered.generation))
         if gathered.previous and self._all_finished(gathered):
-            return Verdict(goes_on=False, status=int(Status.FINISHED), facts={"why": "finished"})
+            is_unsaved = any(report.is_end_unsaved for report in gathered.reports)
+            status = Status.STORAGE if is_unsaved else Status.FINISHED
+            return Verdict(goes_on=False, status=int(status), facts={"why": "finished"})
         if gathered.note or gathered.cause is Cause.STOP or any(one.cause is Cause.STOP for one in gathered.reports):
             return self._conclude(gathered, gathered.note)
         resume = self._fx.select_resume()

@@ -58,6 +58,8 @@ class Report:
     reached_step: int = 0
     saved: bool = False
     """Whether the workers left because they have saved, or one of them has rescued the state."""
+    is_end_unsaved: bool = False
+    """Whether the workers have finished and their end is not on disk."""
     failures: Sequence[Mapping[str, Any]] = ()
     """The failed workers as JSON records."""
     name: str = ""

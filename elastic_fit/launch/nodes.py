@@ -157,7 +157,7 @@ class _Node:
             repeated=result.repeated,
             productive_share=round(result.productive_share, 4),
         )
-        self.console.finish(agent.status, result)
+        self.console.finish(agent.status, result, ledger_failure=ledger.failure)
         return agent.status
 
     def _tally(self) -> Goodput:

@@ -140,8 +140,8 @@ class Console:
         """Training goes on after a failure."""
         self.line(f"back at step {step}, {seconds:.2f} s after the failure", style="32")
 
-    def finish(self, status: Status, goodput: Goodput) -> None:
-        """The closing line."""
+    def finish(self, status: Status, goodput: Goodput, *, ledger_failure: OSError | None = None) -> None:
+        """The closing line, and what could not be written."""
         share = f", {goodput.productive_share:.1%} of the time productive" if goodput.steps else ""
         self.line(
             f"{status.name.lower()} (exit {int(status)}): {goodput.steps} steps, {goodput.restarts} restarts, "
@@ -151,6 +151,8 @@ class Console:
             self.line("hint     the training has ended but its end is not on disk: free some space and start it again")
         for text in goodput.save_failures[-3:]:
             self.line(f"a save failed: {text}", style="31")
+        if ledger_failure is not None:
+            self.line(f"the ledger lacks what came last: {ledger_failure.strerror}", style="31")
 
 
 def resume_text(points: Sequence[ResumePoint]) -> str:

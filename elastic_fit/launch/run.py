@@ -116,9 +116,7 @@ class _Launch:
             repeated=result.repeated,
             productive_share=round(result.productive_share, 4),
         )
-        self.console.finish(agent.status, result)
-        if ledger.failure is not None:
-            self.console.line(f"the ledger lacks what came last: {ledger.failure.strerror}", style="31")
+        self.console.finish(agent.status, result, ledger_failure=ledger.failure)
         return agent.status
 
     def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch, planner: Planner) -> ElasticAgent:

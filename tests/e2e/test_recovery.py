@@ -181,14 +181,17 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(elastic: Elastic) -> None
     assert "File too large" in outcome.output()
 
 
-def test_a_training_whose_end_is_not_on_disk_has_not_finished_and_the_next_start_sees_to_it(elastic: Elastic) -> None:
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_a_training_whose_end_is_not_on_disk_has_not_finished_and_the_next_start_sees_to_it(
+    elastic: Elastic, nodes: str
+) -> None:
     body = f"{FULL_FROM_4_TO_12}trainer(CALLBACKS).fit(Model())\nnote('after', ATTEMPT)\n"
-    first = elastic(body.replace("CALLBACKS", "full"), "--checkpoint-steps", "3")
+    first = elastic(body.replace("CALLBACKS", "full"), "--checkpoint-steps", "3", "--nnodes", nodes)
     assert first.code == 74
     assert first.notes("after") == ["0", "0"]
     assert "its end is not on disk" in first.said
     assert first.steps() == [3]
-    second = elastic(body.replace("CALLBACKS", ""))
+    second = elastic(body.replace("CALLBACKS", ""), "--nnodes", nodes)
     assert second.code == 0
     assert second.notes("trained")[16:] == EVERY_STEP_ONCE[3:]
     assert second.steps()[-1] == 16
