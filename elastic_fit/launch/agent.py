@@ -19,9 +19,10 @@ from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup, Work
 
 from elastic_fit.launch._torchelastic import Result, TorchelasticAgent
 from elastic_fit.launch.attempt import Attempt, Program, WorkerPlan
+from elastic_fit.launch.recovery import Recovery, seconds
 from elastic_fit.launch.stopping import Ears, Latch
 from elastic_fit.launch.workers import Nursery
-from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
+from elastic_fit.supervisor.board import StopMode, Word
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.frozen import FrozenWatch
@@ -45,8 +46,6 @@ STARTING_S = 0.02
 """Longest sleep until the first step of an attempt is seen."""
 RESCUE_PATIENCE_S = 10.0
 """How long survivors may take to leave their collectives once a peer is gone, unless they are writing a checkpoint."""
-
-
 DUMP_S = 0.3
 """Between the order to write down their stacks and the end of the workers that are late."""
 
@@ -99,17 +98,6 @@ class Limits:
     """A worker without Lightning, from SIGTERM to SIGKILL."""
 
 
-@dataclass(slots=True)
-class Marks:
-    """When the steps of a recovery happened, CLOCK_MONOTONIC nanoseconds."""
-
-    failed_ns: int = 0
-    noticed_ns: int = 0
-    ended_ns: int = 0
-    met_ns: int = 0
-    forked_ns: int = 0
-
-
 class ElasticAgent(TorchelasticAgent):
     """Runs the job on this node.
 
@@ -139,7 +127,7 @@ class ElasticAgent(TorchelasticAgent):
             now_ns=effects.now_ns,
         )
         self._dumped_ns = 0
-        self._marks = Marks()
+        self._recovery = Recovery()
         self._requests = 0
         self._has_saved = False
         self._resume: tuple[ResumePoint, ...] = ()
@@ -179,13 +167,13 @@ class ElasticAgent(TorchelasticAgent):
     def _fork(self, number: int, group: WorkerGroup, started: int) -> Attempt:
         """The nodes have met: fork this node's workers."""
         fx = self._fx
-        self._marks.met_ns = fx.now_ns()
+        self._recovery.met_ns = fx.now_ns()
         fx.ledger.write(
             "rendezvous",
             attempt=number,
             nodes=group.group_world_size,
             world_size=group.workers[0].world_size,
-            seconds=_seconds(started, self._marks.met_ns),
+            seconds=seconds(started, self._recovery.met_ns),
         )
         attempt = Attempt(number, fx.nursery, self._program, fx.now_ns)
         self._attempt, self._dumped_ns = attempt, 0
@@ -193,12 +181,12 @@ class ElasticAgent(TorchelasticAgent):
             fx.plan(worker, number, self.worker_environment(worker, number), self._resume) for worker in group.workers
         ]
         attempt.start(plans)
-        self._marks.forked_ns = fx.now_ns()
+        self._recovery.forked_ns = fx.now_ns()
         fx.ledger.write(
             "workers_started",
             attempt=number,
             pids=attempt.pids,
-            seconds=_seconds(attempt.started_ns, self._marks.forked_ns),
+            seconds=seconds(attempt.started_ns, self._recovery.forked_ns),
             warm=fx.nursery.warm,
         )
         return attempt
@@ -213,7 +201,7 @@ class ElasticAgent(TorchelasticAgent):
             self._note_signals()
             self._end_frozen(attempt, watch)
             self._note_exits(attempt)
-            if not told_of_start and attempt.has_trained:
+            if not told_of_start and not ending_ns and attempt.has_trained:
                 told_of_start = True
                 self._note_start(attempt)
             if attempt.first_exit_ns and not ending_ns:
@@ -222,7 +210,7 @@ class ElasticAgent(TorchelasticAgent):
             is_late = self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns
             if is_late or (ending_ns and self._is_over(attempt, ending_ns)):
                 self._end_stragglers(attempt)
-        self._marks.ended_ns = self._fx.now_ns()
+        self._recovery.ended_ns = self._fx.now_ns()
         self.reached_step = max(self.reached_step, attempt.highest_step)
         self._has_saved = Status.SAVED in attempt.codes.values() or bool(attempt.rescued_step)
 
@@ -321,14 +309,13 @@ class ElasticAgent(TorchelasticAgent):
                 code=exit_.code,
                 signal=signal_name(exit_.code) if exit_.code < 0 else None,
                 step=attempt.board_of(exit_.pid)[Word.STEP],
-                noticed_s=_seconds(exit_.seen_ns, self._fx.now_ns()),
+                noticed_s=seconds(exit_.seen_ns, self._fx.now_ns()),
             )
 
     def _release_survivors(self, attempt: Attempt) -> int:
         """A worker has failed: ask the others to save what they hold and leave. Returns their deadline."""
         now = self._fx.now_ns()
-        self._marks.failed_ns = attempt.first_exit_ns
-        self._marks.noticed_ns = now
+        self._recovery.begin(attempt.first_exit_ns or now, now)
         patience = RESCUE_PATIENCE_S if attempt.listens() else self._limits.shutdown_s
         deadline = now + int(patience * 1e9)
         self._ask(attempt, StopMode.RESCUE, deadline)
@@ -354,8 +341,7 @@ class ElasticAgent(TorchelasticAgent):
         )
         self._history = self._history.after(failure)
         decision = decide(self._history, self._policy, fx.draw())
-        seconds = _seconds(self._marks.noticed_ns, self._marks.ended_ns)
-        fx.ledger.write("teardown", attempt=attempt.number, seconds=seconds)
+        fx.ledger.write("teardown", attempt=attempt.number, seconds=self._recovery.teardown_s)
         fx.ledger.write(
             "decision",
             attempt=attempt.number,
@@ -387,28 +373,11 @@ class ElasticAgent(TorchelasticAgent):
         """Every worker has done its first step: after a failure, say what it took to get here."""
         boards = attempt.boards
         self._fx.ledger.write("training", attempt=attempt.number, step=min(board[Word.STEP] for board in boards))
-        if not self.restarts:
+        if not self._recovery.is_under_way:
             return
-        marks = self._marks
-        first_step = max(board[Word.FIRST_STEP_NS] for board in boards)
-        phases = [
-            ("process_group_s", marks.forked_ns, _last(boards, Phase.PROCESS_GROUP)),
-            ("build_s", _last(boards, Phase.PROCESS_GROUP), _last(boards, Phase.BUILT)),
-            ("load_s", _last(boards, Phase.BUILT), _last(boards, Phase.LOADED)),
-            ("first_step_s", _last(boards, Phase.LOADED) or marks.forked_ns, first_step),
-        ]
-        total = _seconds(marks.failed_ns, first_step)
-        self._fx.ledger.write(
-            "recovered",
-            attempt=attempt.number,
-            detect_s=_seconds(marks.failed_ns, marks.noticed_ns),
-            teardown_s=_seconds(marks.noticed_ns, marks.ended_ns),
-            rendezvous_s=_seconds(marks.ended_ns, marks.met_ns),
-            fork_s=_seconds(marks.met_ns, marks.forked_ns),
-            **{name: _seconds(begin, end) for name, begin, end in phases if begin and end},
-            total_s=total,
-        )
-        self._fx.observer.recovered(total, min(board[Word.STEP] for board in boards))
+        took = self._recovery.finish(boards)
+        self._fx.ledger.write("recovered", attempt=attempt.number, **took)
+        self._fx.observer.recovered(took["total_s"], min(board[Word.STEP] for board in boards))
 
     def _finished(self, attempt: Attempt) -> Result:
         # Who reads 0 takes the trained model to be there.
@@ -421,11 +390,3 @@ class ElasticAgent(TorchelasticAgent):
         """End what is left, at once."""
         if self._attempt is not None:
             self._attempt.kill()
-
-
-def _seconds(begin_ns: int, end_ns: int) -> float:
-    return round((end_ns - begin_ns) / 1e9, 6)
-
-
-def _last(boards: Sequence[Board], phase: Phase) -> int:
-    return max(board.entered_ns(phase) for board in boards)

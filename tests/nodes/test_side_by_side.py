@@ -1,7 +1,8 @@
-"""A stop that comes while no worker runs: the nodes that are left are waiting for others, or for the next attempt."""
+"""Launchers side by side on one host, without namespaces: what a job of several nodes does and says between rounds."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.ledger import Event, read
 from tests.nodes.cluster import wait_until
 from tests.nodes.test_one_node import start
 
@@ -34,9 +35,9 @@ class Nodes:
         steps = self.folder / "steps.jsonl"
         return steps.exists() and all(f'"rank": {rank}' in steps.read_text() for rank in range(world))
 
-    def has_noted(self, event: str, **fields: object) -> bool:
+    def noted(self, event: str, **fields: object) -> list[Event]:
         events = read(self.folder / "run" / "events.jsonl")
-        return any(one.event == event and fields.items() <= one.fields.items() for one in events)
+        return [one for one in events if one.event == event and fields.items() <= one.fields.items()]
 
 
 @pytest.fixture
@@ -53,11 +54,25 @@ def test_node_that_waits_for_its_minimum_after_a_loss_can_be_stopped(nodes: Node
     first, second = nodes.start("2:2"), nodes.start("2:2")
     nodes.wait_until(lambda: nodes.train(4))
     second.kill()
-    nodes.wait_until(lambda: nodes.has_noted("membership", change="lost"))
-    nodes.wait_until(lambda: nodes.has_noted("rescue"))
+    nodes.wait_until(lambda: nodes.noted("membership", change="lost"))
+    nodes.wait_until(lambda: nodes.noted("rescue"))
     assert first.stderr is not None
     while "1 of at least 2 nodes are here" not in (line := first.stderr.readline()):
         assert line, "it has ended instead of waiting"
     first.send_signal(signal.SIGTERM)
     _, text = first.communicate(timeout=10)
     assert first.returncode == 75, text
+
+
+@pytest.mark.slow
+def test_node_that_joins_after_a_failure_is_no_recovery_of_it(nodes: Nodes) -> None:
+    nodes.start("1:2")
+    nodes.wait_until(lambda: nodes.train(2))
+    os.kill(int(nodes.noted("workers_started")[0]["pids"]["1"]), signal.SIGKILL)
+    nodes.wait_until(lambda: nodes.noted("recovered"))
+    nodes.start("1:2")
+    nodes.wait_until(lambda: nodes.train(4))
+    nodes.wait_until(lambda: len({one.pid for one in nodes.noted("training", attempt=2)}) == 2)
+    took = [one["total_s"] for one in nodes.noted("recovered")]
+    assert len(took) == 1
+    assert took[0] < 30
