@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import secrets
@@ -43,7 +44,10 @@ class Order:
     @classmethod
     def by_this_user(cls, *, save: bool) -> Order:
         """An order of the caller's."""
-        user = os.environ.get("USER") or str(os.getuid())
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a container's uid that has no name
+            user = str(os.getuid())
         return cls(id=secrets.token_hex(4), by=f"elastic-fit stop by {user}@{socket.gethostname()}", save=save)
 
     def leave(self, path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import signal
 from pathlib import Path
 
@@ -128,3 +130,9 @@ def test_a_notice_that_raises_is_asked_again_when_it_is_due() -> None:
     assert notices.look() is None
     now[0] = 10.0
     assert notices.look() == "the machine goes at noon"
+
+
+def test_an_order_names_who_gave_it_where_the_environment_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert f"by {pwd.getpwuid(os.getuid()).pw_name}@" in Order.by_this_user(save=True).by
