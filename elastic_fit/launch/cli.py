@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Status.INTERRUPTED
     except Exception:  # noqa: BLE001 - the last resort: our own bug, reported as such
         return _report_bug(console)
+    finally:
+        console.settle()
 
 
 def _report_bug(console: Console) -> int:

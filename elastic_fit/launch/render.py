@@ -57,7 +57,15 @@ class Console:
         try:
             print(text, file=file, flush=True)
         except BrokenPipeError:
-            return  # nobody is reading any more; the training goes on
+            _send_nowhere(file)  # nobody is reading any more; the training goes on
+
+    def settle(self) -> None:
+        """Write out what others, such as a logger, have left in the streams' buffers, if anybody still reads it."""
+        for file in (self._out, self._err):
+            try:
+                file.flush()
+            except BrokenPipeError:
+                _send_nowhere(file)
 
     # data
 
@@ -153,6 +161,13 @@ class Console:
             self.line(f"a save failed: {text}", style="31")
         if ledger_failure is not None:
             self.line(f"the ledger lacks what came last: {ledger_failure.strerror}", style="31")
+
+
+def _send_nowhere(file: IO[str]) -> None:
+    """Let the null device take the rest: what stays buffered would fail the interpreter's last flush (exit 120)."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
 
 
 def resume_text(points: Sequence[ResumePoint]) -> str:
