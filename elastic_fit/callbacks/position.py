@@ -227,6 +227,11 @@ class DataPosition(pl.Callback):
         """Bring the loop's count of the epoch's batches and the sampler's place together."""
         assert self._trainer is not None
         before = batches_before(restored, self._trainer.accumulate_grad_batches)
+        if int(restored["epoch"]) > _lightning.epoch_under_way(self._trainer):
+            # The last batch of an epoch is behind us, its end isn't; the coming epoch may have more, as ranks left.
+            _lightning.count_batches_anew(
+                self._trainer, max(_lightning.batches_at_boundary(self._trainer), len(loader))
+            )
         if before != int(restored["batches"]):
             _lightning.count_batches_anew(self._trainer, before)
         sampler.began_at_batch = _lightning.batches_at_boundary(self._trainer) if before else 0

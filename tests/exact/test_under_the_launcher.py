@@ -103,3 +103,12 @@ trainer(Halfway(), accumulate_grad_batches=3).fit(Seen())
 """
     calm = weights(elastic, "WHEN = False\n" + halfway)
     assert weights(elastic, "WHEN = True\n" + halfway) == calm
+
+
+def test_an_epoch_after_one_that_lost_ranks_is_whole_when_a_survivor_saves_between_them(elastic: Elastic) -> None:
+    flags = ("--checkpoint-steps", "1")
+    before = SCRIPT + "trainer(At(2, fall_over), max_epochs=3).fit(Seen())\n"
+    assert elastic(before, *flags, "--max-restarts", "0", workers=3).code == 1
+    last = elastic(SCRIPT + "trainer(At(5, fall_over, rank=0), max_epochs=3).fit(Seen())\n", *flags, workers=2)
+    assert last.code == 0, last.output()
+    assert {epoch: sorted(samples) for epoch, samples in seen(last).items() if epoch} == {1: EACH_ONCE, 2: EACH_ONCE}
