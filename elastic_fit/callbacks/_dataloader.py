@@ -11,6 +11,7 @@ their workers by ``spawn`` or ``forkserver`` have no board to tell, and keep tor
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import signal
@@ -36,6 +37,7 @@ def keep_readers(board: Board) -> None:
     torch_worker._worker_loop = _loop  # type: ignore[assignment]
 
 
+@functools.wraps(_torch_loop)
 def _loop(*args: Any) -> None:
     """Run torch's loop in a DataLoader's worker; SIGTERM waits from here until `_Start` is ready for it."""
     if _board is not None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from elastic_fit.callbacks import _lightning, session
-from elastic_fit.callbacks.checkpoint import RunCheckpoint
+from elastic_fit.callbacks.run_checkpoint import RunCheckpoint
 
 _MARK = "_elastic_fit_adapted"
 

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.emergency import StepGuard, rescue
-from elastic_fit.callbacks.loggers import pin, pin_late
+from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.resume import choose
-from elastic_fit.callbacks.seal import Purpose, Seals, why_unsafe
-from elastic_fit.callbacks.session import Session
+from elastic_fit.callbacks.seal import Purpose, Seals
 from elastic_fit.callbacks.stop import Stopper
-from elastic_fit.callbacks.trace import StepTrace
-from elastic_fit.supervisor.board import Word
-from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import UsageError
-from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.store import CheckpointStore, LastN, is_remote, open_store, surplus
-
-log = logging.getLogger("elastic_fit")
 
 
 class ElasticCheckpoint(ModelCheckpoint):
@@ -334,120 +324,6 @@ class ElasticCheckpoint(ModelCheckpoint):
         """Take up the state of a checkpoint."""
         super().load_state_dict(state_dict)
         self._cadence.resume(time.time() - float(state_dict.get("saved_at", time.time())))
-
-
-class RunCheckpoint(ElasticCheckpoint):
-    """The launcher's own: one folder per ``fit`` call, triggers from the command line, a final save.
-
-    Args:
-        worker: this worker's session.
-    """
-
-    def __init__(self, worker: Session) -> None:
-        settings = worker.context.settings
-        interval = settings.checkpoint_interval_s
-        super().__init__(
-            filename="{step}",
-            every_n_epochs=1,
-            every_n_train_steps=settings.checkpoint_steps,
-            train_time_interval=timedelta(seconds=interval) if interval else None,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-            keep=settings.keep,
-            finite_check=settings.finite_check,
-        )
-        self._worker = worker
-        self._point: ResumePoint | None = None
-        self._pinned: list[bool] = []
-        self._active = False
-        self._is_proven = False
-
-    @property
-    def state_key(self) -> str:
-        """The same whatever the flags are: a command line may change between two starts of a run."""
-        return "elastic_fit.RunCheckpoint"
-
-    def assign(self, folder: Path | None, point: ResumePoint | None, loggers: Sequence[Logger] = ()) -> None:
-        """Which folder the coming ``fit`` saves to, and where it goes on from; no folder, no saves.
-
-        Its loggers go on with the files that this fit's earlier attempts have written.
-        """
-        self.dirpath = str(folder) if folder else None
-        self._pinned = pin(loggers, folder) if folder else []
-        self._active = folder is not None
-        self._point = point
-        self._last_global_step_saved = self._unranked_step = self.began_step = self.saved_step = (
-            point.step if point else 0
-        )
-        self.has_saved = False
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""
-        if not self._active or stage != "fit":
-            self._add_stopper(trainer)
-            return
-        # With nothing to keep, Lightning doesn't warn of a folder that holds something: a run's own is no surprise.
-        kept, self.save_top_k = self.save_top_k, 0
-        super().setup(trainer, pl_module, stage)
-        self.save_top_k = kept
-        checkpoints = self._worker.folder.checkpoints
-        Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
-
-    @property
-    def is_active(self) -> bool:
-        """Whether this is a training of the run's, and no search or rehearsal."""
-        return self._active
-
-    def _companions(self, trainer: pl.Trainer, *, is_resumed: bool) -> list[pl.Callback]:
-        settings = self._worker.context.settings
-        found = companions(
-            trainer,
-            Path(str(self.dirpath)),
-            self._pinned,
-            strict=settings.strict_data,
-            reproducible=settings.reproducible,
-            global_batch=settings.global_batch_size,
-        )
-        if settings.trace_steps:
-            found.append(StepTrace(Ledger(self._worker.folder.trace), self._worker.fits))
-        return found
-
-    def _is_off(self, trainer: pl.Trainer) -> bool:
-        return not self._active or super()._is_off(trainer)
-
-    def _should_skip_saving_checkpoint(self, trainer: pl.Trainer) -> bool:
-        return (
-            not self._active or self._saved_at(trainer.global_step) or super()._should_skip_saving_checkpoint(trainer)
-        )
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A fit that had ended early is restored and not trained again."""
-        point = self._point
-        if self._active and point is not None and point.finished and point.ended_early:
-            trainer.should_stop = True
-
-    def _after_save(self, trainer: pl.Trainer) -> None:
-        super()._after_save(trainer)
-        if self._is_proven or not trainer.is_global_zero or self._worker.context.settings.load_unsafe:
-            return
-        self._is_proven = True
-        newest = Path(str(self.dirpath)) / f"step={trainer.global_step}.ckpt"
-        if why := why_unsafe(newest):
-            self._worker.ledger.write("unsafe", path=str(newest), why=why)
-            log.warning(
-                "elastic-fit: a restart won't be able to load %s: it holds more than tensors and plain values (%s). "
-                "Leave that out of save_hyperparameters() and the module's state, or start with --load-unsafe.",
-                newest,
-                why,
-            )
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last save of a fit says that it has ended, and how."""
-        if self._is_off(trainer) or (self._point and self._point.finished and self._point.step == trainer.global_step):
-            return
-        early = any(isinstance(one, EarlyStopping) and one.stopped_epoch for one in _lightning.callbacks_of(trainer))
-        self.save_now(trainer, "final", finished=True, ended_early=early)
-        self._worker.board[Word.END_UNSAVED] = int(self._seals is not None and self._seals.last_failure is not None)
 
 
 class _Purposeful:

@@ -63,21 +63,21 @@ def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error:
         return False
     if worker is not None:
         worker.board.enter(Phase.RESCUING)
-    with contextlib.nullcontext() if is_remote(store.root) else _one_at_a_time(store.root):
-        there = _newest_step(store)
-        if there >= step:
-            return False
-        try:
+    try:
+        with contextlib.nullcontext() if is_remote(store.root) else _one_at_a_time(store.root):
+            there = _newest_step(store)
+            if there >= step:
+                return False
             purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
             with saving_alone():
                 checkpoint = _lightning.capture(trainer)
                 facts = facts_of(trainer, purpose, checkpoint)
             size = persist(checkpoint, store, f"step={step}.ckpt", facts)
-        except Exception as failure:  # noqa: BLE001 - hooks of the script's take part in a save, and may raise anything
-            if worker is not None:
-                worker.ledger.write("save_failed", step=step, error=f"{type(failure).__name__}: {failure}")
-            log.error("elastic-fit: step %d could not be rescued: %s: %s", step, type(failure).__name__, failure)
-            return False
+    except Exception as failure:  # noqa: BLE001 - hooks of the script's take part in a save, and may raise anything
+        if worker is not None:
+            worker.ledger.write("save_failed", step=step, error=f"{type(failure).__name__}: {failure}")
+        log.error("elastic-fit: step %d could not be rescued: %s: %s", step, type(failure).__name__, failure)
+        return False
     if worker is not None:
         worker.board[Word.RESCUED_STEP] = step
         worker.ledger.write("rescue", step=step, rank=trainer.global_rank, bytes=size, newer_than=there)

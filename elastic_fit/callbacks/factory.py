@@ -13,7 +13,7 @@ def callbacks() -> list[Callback]:
     if worker is None:
         return []
     from elastic_fit.callbacks.beat import Beat
-    from elastic_fit.callbacks.checkpoint import RunCheckpoint
     from elastic_fit.callbacks.progress import RunProgress
+    from elastic_fit.callbacks.run_checkpoint import RunCheckpoint
 
     return [Beat(worker.board), RunProgress(worker), RunCheckpoint(worker)]

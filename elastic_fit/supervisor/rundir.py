@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -131,12 +132,14 @@ class Identity:
 
 
 def _publish(path: Path, identity: Identity) -> None:
-    """Write `path` so that whoever reads it reads it whole; the first of several writers wins."""
+    """Write `path` so that it is read whole or not at all, after a power cut too; the first of several writers wins."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(asdict(identity), indent=2) + "\n")
     try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
+        with temporary.open("x") as file:
+            file.write(json.dumps(asdict(identity), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
