@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_fit.launch.slurm import Controller, Job, SlurmUnavailable
+from elastic_fit.launch.slurm import Controller, ControllerAway, Job, SlurmUnavailable
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.ledger import Event, Ledger, read
@@ -31,6 +31,10 @@ PATIENCE_S = 600.0
 """How long a controller that is away is waited for before the job is left to whoever watches its exit status."""
 QUICK_S = 2.0
 """How long a controller may take to answer while workers wait to be told to stop."""
+ASKS = 3
+"""How often it is asked how long the job has, at most."""
+BOOKS_S = 0.3
+"""Pause between two of these."""
 ENDING_S = 3.0
 """What a stop leaves of the job's time for the end of its processes and for the requeue."""
 INTERRUPTED = (Exit.SAVED, Exit.TERMINATED, Exit.INTERRUPTED)
@@ -68,14 +72,27 @@ class JobStart:
             self.tell(f"job      {self.job.job_id}, started again after a {cause.value} ({told} so far)")
 
     def seconds_left(self) -> float | None:
-        """What SLURM leaves for a stop; None where it doesn't say."""
-        try:
-            scheduler = self.controller.ask(answer_s=QUICK_S)
-        except SlurmUnavailable:
-            return None  # then the grace that was asked for has to do
-        if scheduler.end_s is None or not scheduler.is_running:
-            return None  # what is being ended already has SLURM's KillWait left, which is not the job's to know
-        return max(0.0, scheduler.end_s - time.time() - ENDING_S)
+        """What SLURM leaves for a stop; None where it doesn't say.
+
+        A signal may come before the controller tells what it is for, so the controller is asked again for a moment.
+        """
+        left_s: float | None = None
+        for number in range(ASKS):
+            if number:
+                self.controller.pause(BOOKS_S)
+            began = self.controller.clock()
+            try:
+                scheduler = self.controller.ask(answer_s=QUICK_S)
+            except SlurmUnavailable as error:
+                if isinstance(error, ControllerAway) and self.controller.clock() - began < BOOKS_S:
+                    continue
+                break  # then the grace that was asked for has to do
+            if scheduler.end_s is None or not scheduler.is_running:
+                return None  # what is being ended already has SLURM's KillWait left, which is not the job's to know
+            left_s = max(0.0, scheduler.end_s - time.time() - ENDING_S)
+            if scheduler.is_preempted or scheduler.is_over_time:
+                break
+        return left_s
 
     def end(self, status: Exit) -> None:
         """The job's training has ended on this node: put the job back if that is what is to be done.

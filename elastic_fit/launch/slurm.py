@@ -202,8 +202,8 @@ class Controller:
     ) -> None:
         self._job = job
         self._run = run
-        self._clock = clock
-        self._pause = pause
+        self.clock = clock
+        self.pause = pause
 
     def ask(self, *, answer_s: float = ANSWER_S) -> Scheduler:
         """What it says of the job. Raises SlurmUnavailable; ControllerAway where it may answer later."""
@@ -221,14 +221,14 @@ class Controller:
         self._patiently(lambda: self._scontrol("requeue", self._job.job_id), patience_s)
 
     def _patiently(self, call: Callable[[], Result], patience_s: float) -> Result:
-        until = self._clock() + patience_s
+        until = self.clock() + patience_s
         while True:
             try:
                 return call()
             except ControllerAway:
-                if self._clock() >= until:
+                if self.clock() >= until:
                     raise
-                self._pause(PAUSE_S)
+                self.pause(PAUSE_S)
 
     def address(self, node: str) -> str:
         """Where other nodes reach that node. Raises SlurmUnavailable."""

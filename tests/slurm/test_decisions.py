@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -354,6 +355,13 @@ def test_what_slurm_leaves_is_asked_for_and_a_silent_controller_is_not_waited_fo
         started(tmp_path, Scontrol(says=SAYS.replace("EndTime=1795620000", "EndTime=Unknown"))).seconds_left() is None
     )
     assert started(tmp_path, Scontrol(says=SAYS.replace("RUNNING", "COMPLETING"))).seconds_left() is None
+
+
+def test_a_signal_that_overtakes_the_controllers_own_books_is_asked_about_again(tmp_path: Path) -> None:
+    not_yet = Done(0, SAYS.replace("1795620000", "4000000000"), "")
+    scontrol = Scontrol(not_yet, says=re.sub(r"PreemptTime=\S+", "PreemptTime=1", SAYS.replace("1795620000", "1")))
+    assert started(tmp_path, scontrol).seconds_left() == 0.0
+    assert len(scontrol.asked) == 2
 
 
 def test_scontrol_that_is_missing_is_told_from_one_that_nobody_answers() -> None:
