@@ -1,6 +1,8 @@
 """What a worker does while its main thread can't: a thread that looks at the board.
 
 - Release from a collective that can't end: a silent peer breaks no connection, and gloo waits for it for minutes.
+- A rescue in the main thread's place, where even that doesn't bring it back: gloo may miss the end of a connection that
+  breaks just as an operation begins (seen once in a hundred kills), and a kernel of a device may never return.
 - The way out of a worker that is told to stop while it waits for its peers to start: there is nothing to be saved.
 - Notices of the user's are asked whether to stop.
 """
@@ -14,7 +16,7 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from elastic_fit.callbacks.latch import Latch
@@ -28,6 +30,11 @@ LOOK_S = 0.25
 """Pause between two looks at the board."""
 PATIENCE_S = 0.5
 """How long this worker may take to leave by itself once it is asked to."""
+STUCK_S = 2.0
+"""How long the main thread must stand at one place, after its collectives were broken, to be taken for stuck."""
+
+stand_in: Callable[[], bool] | None = None
+"""Saves what this rank holds, in whatever thread, and says whether it did; set while a training runs."""
 
 
 def watch(board: Board, latch: Latch) -> threading.Thread:
@@ -52,10 +59,21 @@ def _run(board: Board, latch: Latch, pause: threading.Event) -> None:
     if board.phase is not Phase.RESCUING and _has_group():
         log.info("another rank is gone: breaking the collectives that wait for it")
         abort_collectives()
+    while board.phase < Phase.RESCUING:
+        place = _main_thread()
+        pause.wait(STUCK_S)
+        if place == _main_thread() and stand_in is not None and stand_in():
+            os._exit(1)
 
 
 def _is_asked_to_leave(board: Board) -> bool:
     return bool(board.request) and board.mode is StopMode.RESCUE
+
+
+def _main_thread() -> tuple[int, int]:
+    """Where it stands: a frame and an instruction, which stay the same while it is inside of a native call."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return id(frame), frame.f_lasti
 
 
 def _leave_early(board: Board, latch: Latch) -> None:

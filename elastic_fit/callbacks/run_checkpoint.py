@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,12 +12,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 
-from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks import _lightning, release
 from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
+from elastic_fit.callbacks.emergency import rescue
 from elastic_fit.callbacks.loggers import pin
 from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.seal import Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
+from elastic_fit.callbacks.stop import PeerLost
 from elastic_fit.callbacks.trace import StepTrace
 from elastic_fit.supervisor.board import Word
 from elastic_fit.supervisor.context import ResumePoint
@@ -109,6 +112,18 @@ class RunCheckpoint(ElasticCheckpoint):
             not self._active or self._saved_at(trainer.global_step) or super()._should_skip_saving_checkpoint(trainer)
         )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on there is something that can be rescued, in another thread if need be."""
+        super().on_train_start(trainer, pl_module)
+        release.stand_in = functools.partial(self._rescue_for_a_stuck_thread, trainer)
+
+    def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:
+        """What the main thread would save if it came back. In the middle of an optimizer step there is nothing."""
+        if self._is_off(trainer) or not _lightning.is_replicated(trainer) or self._guard.is_torn(trainer):
+            return False
+        stuck = PeerLost("another rank has failed, and the main thread does not come back from what it waits for")
+        return rescue(trainer, self._make_store(str(self.dirpath)), self._guard, stuck, self.began_step)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A fit that had ended early is restored and not trained again."""
         point = self._point
@@ -132,6 +147,7 @@ class RunCheckpoint(ElasticCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last save of a fit says that it has ended, and how."""
+        release.stand_in = None
         if self._is_off(trainer) or (self._point and self._point.finished and self._point.step == trainer.global_step):
             return
         early = any(isinstance(one, EarlyStopping) and one.stopped_epoch for one in _lightning.callbacks_of(trainer))

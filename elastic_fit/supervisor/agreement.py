@@ -4,18 +4,18 @@ Every rank goes through the same boundaries in the same order: optimizer steps, 
 epochs. They are not at the same one when a stop is asked for, and in a validation without collectives they may be
 hundreds of batches apart. What they share is the job's store, whose operations happen one after the other.
 
-One key holds the *mark*: open, the furthest boundary that anybody has left since the request; or sealed, where to stop.
+One key holds the *mark*: open, the furthest boundary that anybody has left; or sealed, the first one that nobody has,
+which is where to stop. It is moved by compare-and-set, and never back.
 
-1. At its first boundary after the request a rank acknowledges, by counting up.
-2. To leave a boundary beyond the mark it moves the mark there, by compare-and-set.
-3. The last one to acknowledge seals the mark, by compare-and-set: at its own boundary if nobody has left that one or a
-   later one, else at the first boundary after the furthest that anybody has left.
+1. At its first boundary after the request a rank moves the mark up to it, and only then acknowledges, by counting up.
+2. To leave a boundary a rank moves the mark beyond it.
+3. The last one to acknowledge seals the mark where it is, or at its own boundary if that is further.
 4. Whoever finds the mark sealed stops at the first boundary that it includes.
 
-*Nobody is past the sealed place*: who acknowledged has not left any boundary beyond the mark as it was when it was
-sealed, because leaving one would have had to move it, and moving and sealing exclude each other; and the last one to
-acknowledge is where it is. So all come to that boundary, and it is the same for all. Nobody waits for anybody: a
-rank goes on until it finds the seal, so a peer that needs it for a collective gets there.
+*Nobody is past the sealed place*: when it is sealed all have acknowledged, so the mark holds what each had left before
+it heard of the request, and what each has left since, because leaving a boundary and sealing exclude each other. So
+all come to that boundary, and it is the same for all. Nobody waits for anybody: a rank goes on until it finds the seal,
+so a peer that needs it for a collective gets there.
 
 In particular the argument needs no assumption about how far a rank can run ahead: not that a step's all-reduce
 holds everybody (a validation has none), nor that the device has done what was queued (on a GPU the processes count
@@ -27,7 +27,7 @@ it; as nothing was trained in between, the state is the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 STOP_KEY = "elastic_fit/stop"
@@ -53,28 +53,37 @@ class Position:
     """Counts what comes within a round: batches of an evaluation, or of an accumulation."""
 
 
+_KINDS = {(False, False): "before", (False, True): "left", (True, False): "at", (True, True): "after"}
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the key holds."""
+    """What the key holds: a place between two boundaries."""
 
     position: Position
-    sealed: bool = False
     after: bool = False
-    """Sealed: at the first boundary *after* the position, not at the first one from it on."""
+    """The place is just after that boundary, not just before it."""
+    sealed: bool = False
+    """All stop at the first boundary that comes after the place; else all that anybody has left are before it."""
+
+    @property
+    def place(self) -> tuple[Position, bool]:
+        """What marks are ordered by."""
+        return self.position, self.after
 
     def includes(self, position: Position) -> bool:
         """Whether a rank at this boundary stops there."""
         return self.sealed and (position > self.position if self.after else position >= self.position)
 
     def __str__(self) -> str:
-        kind = ("after" if self.after else "at") if self.sealed else "open"
-        return f"{kind} {self.position.round} {self.position.index}"
+        return f"{_KINDS[self.sealed, self.after]} {self.position.round} {self.position.index}"
 
     @classmethod
     def parse(cls, text: str) -> Mark:
         """The reverse of ``str``. Raises ValueError."""
         kind, round_, index = text.split()
-        return cls(Position(int(round_), int(index)), sealed=kind != "open", after=kind == "after")
+        sealed, after = next(flags for flags, name in _KINDS.items() if name == kind)
+        return cls(Position(int(round_), int(index)), after=after, sealed=sealed)
 
 
 class Agreement:
@@ -96,29 +105,23 @@ class Agreement:
 
     def is_here(self, position: Position) -> bool:
         """Whether this boundary is the one to stop at. To be asked at every boundary, in order, until it is."""
+        if not self._acknowledged:
+            # In this order: who seals counts on it that what this rank has left is before the mark.
+            self._move(Mark(position))
+            self._is_last = self._store.add(f"{self._key}/acknowledged", 1) >= self._ranks
+            self._acknowledged = True
         if self._sealed is None:
-            if not self._acknowledged:
-                self._is_last = self._store.add(f"{self._key}/acknowledged", 1) >= self._ranks
-                self._acknowledged = True
-            self._sealed = self._negotiate(position)
+            self._sealed = self._move(Mark(position, after=not self._is_last, sealed=self._is_last))
         return self._sealed is not None and self._sealed.includes(position)
 
-    def _negotiate(self, position: Position) -> Mark | None:
-        """Seal the mark, or move it so far that this boundary may be left; returns it where it is sealed."""
-        expected = ""
-        wanted = self._wanted(None, position)
+    def _move(self, wanted: Mark) -> Mark | None:
+        """Move the mark to `wanted` if it isn't there or further, and seal it if `wanted` is; returns a sealed one."""
+        expected, goal = "", wanted
         while True:
-            found = self._store.compare_set(f"{self._key}/mark", expected, str(wanted)).decode()
+            found = self._store.compare_set(f"{self._key}/mark", expected, str(goal)).decode()
             mark = Mark.parse(found)
             if mark.sealed:
                 return mark
-            if mark.position >= position and not self._is_last:
+            if not wanted.sealed and mark.place >= wanted.place:
                 return None
-            expected, wanted = found, self._wanted(mark, position)
-
-    def _wanted(self, mark: Mark | None, position: Position) -> Mark:
-        if not self._is_last:
-            return Mark(position)
-        if mark is None or mark.position < position:
-            return Mark(position, sealed=True)
-        return Mark(mark.position, sealed=True, after=True)
+            expected, goal = found, max(wanted, replace(mark, sealed=wanted.sealed), key=lambda one: one.place)

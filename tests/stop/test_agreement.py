@@ -113,6 +113,25 @@ def test_the_last_one_to_hear_stops_at_once_where_nobody_has_gone_further() -> N
     assert first.is_here(Position(6))
 
 
-@pytest.mark.parametrize("mark", [Mark(Position(3, 4)), Mark(Position(1), sealed=True), Mark(Position(1), True, True)])
-def test_a_mark_reads_as_it_was_written(mark: Mark) -> None:
+def test_a_rank_that_is_far_ahead_is_not_forgotten_in_the_middle_of_its_acknowledgement() -> None:
+    values: dict[str, str] = {}
+    behind = Agreement(Values(values), 2)
+    stopped_at_5 = []
+
+    class Interrupted(Values):
+        def add(self, key: str, amount: int) -> int:
+            number = super().add(key, amount)
+            stopped_at_5.append(behind.is_here(Position(5)))
+            return number
+
+    assert Agreement(Interrupted(values), 2).is_here(Position(9))
+    assert stopped_at_5 == [False]
+    assert not behind.is_here(Position(8))
+    assert behind.is_here(Position(9))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_mark_reads_as_it_was_written(after: bool, sealed: bool) -> None:
+    mark = Mark(Position(3, 4), after=after, sealed=sealed)
     assert Mark.parse(str(mark)) == mark

@@ -171,6 +171,27 @@ def test_where_survivors_are_a_step_apart_the_newer_state_wins_whoever_saves_fir
     assert outcome.events("resume")[-1]["step"] == 6
 
 
+def test_a_survivor_whose_main_thread_never_comes_back_is_rescued_by_another_thread(elastic: Elastic) -> None:
+    body = """
+    import ctypes
+
+    class Stuck(Model):
+        def on_before_backward(self, loss):
+            if self.global_step == 5 and ATTEMPT == 0:
+                if RANK == 1:
+                    die()
+                mutex = ctypes.create_string_buffer(64)
+                for _ in range(2):  # the second time it waits for itself: no signal and no closed connection ends that
+                    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+    trainer().fit(Stuck())
+    """
+    outcome = elastic(body)
+    assert outcome.code == 0, outcome.output()
+    assert [(one["rank"], one["step"]) for one in outcome.events("rescue")] == [(0, 5)]
+    assert sum(one["steps"] for one in outcome.events("steps_repeated")) == 0
+
+
 def test_an_exception_on_all_ranks_at_once_is_rescued_once_and_counts_as_a_failure(elastic: Elastic) -> None:
     more = """
     class All(Victim):
