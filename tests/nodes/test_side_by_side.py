@@ -54,7 +54,7 @@ def test_node_that_waits_for_its_minimum_after_a_loss_can_be_stopped(nodes: Node
     first, second = nodes.start("2:2"), nodes.start("2:2")
     nodes.wait_until(lambda: nodes.train(4))
     second.kill()
-    nodes.wait_until(lambda: nodes.noted("membership", change="lost"))
+    # Its workers die with it: which of the two is heard of first depends on the kernel.
     nodes.wait_until(lambda: nodes.noted("rescue"))
     assert first.stderr is not None
     while "1 of at least 2 nodes are here" not in (line := first.stderr.readline()):

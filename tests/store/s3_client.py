@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -17,8 +19,14 @@ def save(url: str, name: str, step: int, data: bytes, part_bytes: int) -> None:
         staged.commit(Facts(step=step))
 
 
-def run(pipe: Connection, url: str, name: str, step: int, path: Path, part_bytes: int) -> None:
-    """Wait until the server knows whom to kill; save; say that it is acknowledged."""
+def run(
+    pipe: Connection, environment: Mapping[str, str], url: str, name: str, step: int, path: Path, part_bytes: int
+) -> None:
+    """Wait until the server knows whom to kill; save; say that it is acknowledged.
+
+    The process that clients are forked from may be older than `environment`.
+    """
+    os.environ.update(environment)
     pipe.recv()
     save(url, name, step, path.read_bytes(), part_bytes)
     pipe.send("acknowledged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class Server:
     def client(self, *save: object, request: int = 0, moment: str = "before") -> bool:
         """Run a client that is to be killed at that request (0: at none); returns whether it was acknowledged."""
         ours, its = CLIENTS.Pipe()
-        client = CLIENTS.Process(target=s3_client.run, args=(its, *save))
+        client = CLIENTS.Process(target=s3_client.run, args=(its, dict(os.environ), *save))
         client.start()
         its.close()
         self.ask("/_plan", {"pid": client.pid, "request": request, "moment": moment})
