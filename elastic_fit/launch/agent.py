@@ -280,8 +280,12 @@ class ElasticAgent(TorchelasticAgent):
     def _ended_by_stop(self, *, saved: bool) -> Result:
         unsaved = self._stop.unsaved if self._stop is not None else Status.TERMINATED
         self.status = Status.SAVED if saved else unsaved
-        self._fx.ledger.write("stopped", code=int(self.status), saved=saved)
+        self._fx.ledger.write("stopped", code=int(self.status), saved=saved, missing=self.missing())
         return Result(succeeded=False, stopped=True)
+
+    def missing(self) -> list[str]:
+        """Names of the nodes that the job has lost and not yet gone on without."""
+        return []
 
     def forget_orders(self) -> None:
         """The run has ended: what asked it to stop must not stop the next one."""

@@ -147,6 +147,10 @@ class ClusterAgent(ElasticAgent):
         """Number of workers of every node, from the roster."""
         return self._rendezvous_of_nodes.layout
 
+    def missing(self) -> list[str]:
+        """Names of the nodes that the job has lost and not yet gone on without."""
+        return list(self._rendezvous_of_nodes.missing)
+
     def wait_for_other_nodes(self) -> None:
         """Nothing: the job is closed only when all nodes have reported."""
 
@@ -164,7 +168,7 @@ class ClusterAgent(ElasticAgent):
         self.tally = Goodput(**end.decision["tally"]) if "tally" in end.decision else None
         self._tell_failure(end.decision)
         has_finished = self.status in (Status.FINISHED, Status.STORAGE)
-        self._fx.ledger.write("closed" if has_finished else "stopped", code=int(self.status))
+        self._fx.ledger.write("closed" if has_finished else "stopped", code=int(self.status), missing=self.missing())
         return Result(succeeded=has_finished, stopped=self.status != Status.FAILED)
 
     def _tell_failure(self, facts: Mapping[str, Any]) -> None:

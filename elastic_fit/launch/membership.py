@@ -231,6 +231,15 @@ class ElasticRendezvous(RendezvousHandler):
         return tuple(member.name for member in self.roster.members) if self.roster is not None else ()
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """Name of each member of the last round that was lost, until the job has formed another round."""
+        with self._keeper.changed:
+            roster = self._keeper.roster
+        if roster is None or roster.phase is Phase.RUNNING:
+            return ()
+        return tuple(member.name for member in roster.members if member.node in roster.lost)
+
+    @property
     def is_member(self) -> bool:
         """Whether the job counts this node in: it is in the round that runs, or was in the last one."""
         with self._keeper.changed:

@@ -77,6 +77,7 @@ class JobStart:
         A signal may come before the controller tells what it is for, so the controller is asked again for a moment.
         """
         left_s: float | None = None
+        said: list[str] = []
         for number in range(ASKS):
             if number:
                 self.controller.pause(BOOKS_S)
@@ -84,14 +85,18 @@ class JobStart:
             try:
                 scheduler = self.controller.ask(answer_s=QUICK_S)
             except SlurmUnavailable as error:
+                said.append(error.message)
                 if isinstance(error, ControllerAway) and self.controller.clock() - began < BOOKS_S:
                     continue
                 break  # then the grace that was asked for has to do
+            said.append(scheduler.text)
             if scheduler.end_s is None or not scheduler.is_running:
-                return None  # what is being ended already has SLURM's KillWait left, which is not the job's to know
+                left_s = None  # what is being ended already has SLURM's KillWait left, which is not the job's to know
+                break
             left_s = max(0.0, scheduler.end_s - time.time() - ENDING_S)
             if scheduler.is_preempted or scheduler.is_over_time:
                 break
+        self.ledger.write("time_left", job=self.job.job_id, start=self.job.start, left_s=left_s, scheduler=said)
         return left_s
 
     def end(self, status: Exit) -> None:
@@ -100,12 +105,14 @@ class JobStart:
         One of the nodes does it, once. Raises StorageError where the run folder can't be written.
         """
         events = read(self.folder.events)
-        is_short_of_nodes = status == Exit.FAILED and _misses_a_node(events)
+        latest = self._of_this_start(events)
+        misses_a_node = any(event.event == "stopped" and event.get("missing") for event in latest)
+        is_short_of_nodes = status == Exit.FAILED and misses_a_node
         if not (status in INTERRUPTED or is_short_of_nodes) or not self._mark("ended"):
             return
         scheduler, unavailable = self._ask()
-        source, reason = self._stop(events)
-        cause = cause_of(source, reason, scheduler, lost_a_node=_misses_a_node(events))
+        source, reason = _first_stop(latest)
+        cause = cause_of(source, reason, scheduler, lost_a_node=misses_a_node)
         cause = Interruption.CRASH if is_short_of_nodes else cause
         step = durable_steps(self.folder)
         decision = decide_requeue(cause, scheduler, history_of(events, self.job.job_id), step)
@@ -113,13 +120,13 @@ class JobStart:
             decision = Leave(why=unavailable.message, hint=unavailable.hint or decision.hint)
         if isinstance(decision, Requeue):
             # Written first: SLURM ends this process as soon as it has put the job back.
-            self._note(cause, step, decision)
+            self._note(cause, step, decision, scheduler)
             try:
                 self.controller.requeue(PATIENCE_S)
             except SlurmUnavailable as error:
                 decision = Leave(why=error.message, hint=error.hint)
         if isinstance(decision, Leave):
-            self._note(cause, step, decision)
+            self._note(cause, step, decision, scheduler)
 
     def _ask(self) -> tuple[Scheduler | None, SlurmUnavailable | None]:
         try:
@@ -127,17 +134,15 @@ class JobStart:
         except SlurmUnavailable as error:
             return None, error
 
-    def _stop(self, events: list[Event]) -> tuple[str, str]:
-        """Who asked for the first stop of this start, and why; on a node that was asked itself, where there is one."""
+    def _of_this_start(self, events: list[Event]) -> list[Event]:
         job = self.job.job_id
         begun = [at for at, one in enumerate(events) if one.event == "incarnation" and one.get("job") == job]
-        requests = [one for one in events[begun[-1] if begun else 0 :] if one.event == "stop_requested"]
-        first = min(requests, key=lambda one: one.get("source") == "node", default=None)
-        return (str(first.get("source")), str(first.get("reason"))) if first is not None else ("nobody", "")
+        return events[begun[-1] if begun else 0 :]
 
-    def _note(self, cause: Interruption, step: int, decision: Requeue | Leave) -> None:
+    def _note(self, cause: Interruption, step: int, decision: Requeue | Leave, scheduler: Scheduler | None) -> None:
         action = "requeue" if isinstance(decision, Requeue) else "leave"
-        fields = {"job": self.job.job_id, "start": self.job.start, "step": step}
+        said = scheduler.text if scheduler is not None else None
+        fields = {"job": self.job.job_id, "start": self.job.start, "step": step, "scheduler": said}
         self.ledger.write("requeue", **fields, cause=cause.value, action=action, why=decision.why)
         word = "goes back into the queue" if action == "requeue" else "is not put back into the queue"
         self.tell(f"job      {self.job.job_id} {word}: {decision.why}")
@@ -164,8 +169,8 @@ def durable_steps(folder: RunDir) -> int:
     return sum(max((one.manifest.step for one in found), default=0) for found in stores)
 
 
-def _misses_a_node(events: list[Event]) -> bool:
-    """Whether the job has lost a node and has not formed a round since."""
-    changes = [event.get("change") for event in events if event.event == "membership"]
-    rounds = [at for at, change in enumerate(changes) if change == "round"]
-    return "lost" in changes[rounds[-1] if rounds else 0 :]
+def _first_stop(events: list[Event]) -> tuple[str, str]:
+    """Who asked for the first stop, and why; on a node that was asked itself, where there is one."""
+    requests = [one for one in events if one.event == "stop_requested"]
+    first = min(requests, key=lambda one: one.get("source") == "node", default=None)
+    return (str(first.get("source")), str(first.get("reason"))) if first is not None else ("nobody", "")

@@ -143,6 +143,11 @@ def counts(text: str) -> list[int]:
 
 # What scontrol says
 
+RUNNING = ("RUNNING", "SIGNALING")
+"""SIGNALING: it runs, and a signal of SLURM's is on its way to one of its nodes."""
+TOLD = ("JobState", "Reason", "PreemptTime", "EndTime", "Requeue", "BatchFlag", "NodeList")
+"""What of it goes into the ledger."""
+
 
 def parse_job(text: str) -> Scheduler:
     """From the line of ``scontrol show job --oneliner`` with times in seconds since the epoch.
@@ -154,12 +159,13 @@ def parse_job(text: str) -> Scheduler:
         raise SlurmUnavailable(f"scontrol said nothing of the job: {text.strip()[:200]!r}")
     end = fields.get("EndTime", "")
     return Scheduler(
-        is_running=fields["JobState"] == "RUNNING",
+        is_running=fields["JobState"] in RUNNING,
         is_over_time=fields.get("Reason") == "TimeLimit" or fields["JobState"] == "TIMEOUT",
         is_preempted=fields.get("PreemptTime", "None") != "None",
         may_requeue=fields.get("Requeue") == "1",
         is_batch=fields.get("BatchFlag", "0") != "0",
         end_s=float(end) if end.isdigit() else None,
+        text=" ".join(f"{name}={fields[name]}" for name in TOLD if name in fields),
     )
 
 

@@ -8,7 +8,7 @@ next one that names the cause where nobody could.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from elastic_fit.supervisor.ledger import Event
@@ -46,6 +46,8 @@ class Scheduler:
     """There is a script to run again; an interactive allocation has none."""
     end_s: float | None = None
     """When it is going to end the job, seconds since the epoch, where it has said so."""
+    text: str = field(default="", compare=False)
+    """What it has said of all this, for the ledger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 
@@ -57,6 +59,22 @@ def test_killed_agent_takes_its_workers_with_it_and_its_host_comes_back(hosts: C
     back = hosts.launch("h2")
     hosts.wait_until(lambda: hosts.trains_with(2, after=came))
     assert_it_ends_well(hosts, started[0], back)
+
+
+def test_job_that_is_stopped_while_a_node_is_missing_says_which(hosts: Cluster) -> None:
+    stays, lost = (hosts.launch(host, nodes="2:2") for host in ("h1", "h2"))
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    # The survivor's worker fails of its peer's end before the silence of the agent is known for a loss.
+    lost.process.send_signal(signal.SIGSTOP)
+    for pid in map(int, hosts.processes("h2")):
+        if pid != lost.process.pid:
+            os.kill(pid, signal.SIGKILL)
+    hosts.wait_until(lambda: stays.told("1 of at least 2 nodes are here"))
+    hosts.kill_agent(lost)
+    stays.process.send_signal(signal.SIGTERM)
+    assert stays.process.wait(30) in (75, 143)
+    (stopped,) = [event for event in hosts.events("stopped") if event.get("missing")]
+    assert stopped["missing"] == ["h2"]
 
 
 def test_host_that_the_rendezvous_was_asked_of_dies_and_a_newcomer_still_finds_the_job(hosts: Cluster) -> None:

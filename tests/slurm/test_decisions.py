@@ -158,6 +158,10 @@ def test_running_job_and_when_it_ends() -> None:
     assert parse_job(SAYS) == Scheduler(is_running=True, end_s=1795620000.0)
 
 
+def test_job_that_is_being_signalled_runs_still_and_has_its_time_left() -> None:
+    assert parse_job(SAYS.replace("RUNNING", "SIGNALING")) == Scheduler(is_running=True, end_s=1795620000.0)
+
+
 @pytest.mark.parametrize(
     ("says", "seen"),
     [
@@ -290,8 +294,7 @@ def test_job_that_has_too_few_nodes_left_and_gets_no_others_is_put_back_as_crash
     scontrol = Scontrol()
     start = started(tmp_path, scontrol)
     start.begin()
-    for change in ("round", "lost"):
-        start.ledger.write("membership", change=change)
+    start.ledger.write("stopped", code=1, missing=["n2"])
     start.end(Exit.FAILED)
     assert scontrol.requeues == 1
     assert [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "requeue"] == ["crash"]
