@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 import submitit
 
-from tests.slurm.cluster import Slurm
-from tests.slurm.cluster import GRACE_S
+from tests.slurm.cluster import GRACE_S, Slurm
 from tests.slurm.conftest import COMMAND, FIT, STEP_S, Story
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
