@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elastic_fit.launch.nursery import BOARD_DESCRIPTOR
@@ -245,8 +245,8 @@ class _ErrorFile:
     bases: tuple[str, ...] = ()
     message: str = ""
     traceback: str = ""
+    printed: bool = False
     t: float = 0.0
-    extra: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> _ErrorFile:
@@ -260,6 +260,7 @@ class _ErrorFile:
                 bases=tuple(record.get("bases", ())),
                 message=str(told["message"]),
                 traceback=str(record.get("traceback") or told.get("extraInfo", {}).get("py_callstack", "")),
+                printed=record.get("printed") is True,
                 t=float(record.get("t", 0.0)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -281,4 +282,12 @@ def _read_failure(worker: _Worker) -> WorkerFailure:
     )
     if failure.signal and not told.message:
         return failure
-    return replace(failure, type=told.type, bases=told.bases, message=told.message, traceback=told.traceback, t=told.t)
+    return replace(
+        failure,
+        type=told.type,
+        bases=told.bases,
+        message=told.message,
+        traceback=told.traceback,
+        shown=told.printed and worker.plan.stderr.console is not None,
+        t=told.t,
+    )

@@ -82,6 +82,7 @@ class ClusterAgent(ElasticAgent):
         self._news = news
         self._nodes: tuple[str, ...] = ()
         self._ended_for: Change | None = None
+        self._own_failures: Sequence[WorkerFailure] = ()
         self._unbound = effects.ledger
         rendezvous.lead(self._judge_round)
         rendezvous.idle = self._while_waiting
@@ -177,6 +178,8 @@ class ClusterAgent(ElasticAgent):
             return
         decision = GiveUp(**told["decision"]) if told["gives_up"] else Restart(**told["decision"])
         root = _failure(told["root"])
+        if root not in self._own_failures:  # its worker's output is on another node's console
+            root = replace(root, shown=False)
         self._fx.observer.failed(root, decision, reached=told["reached"], resume=told["resume"])
 
     # what ends a round
@@ -217,7 +220,7 @@ class ClusterAgent(ElasticAgent):
 
     def _report(self, attempt: Attempt) -> Report:
         codes = attempt.codes
-        failures = attempt.failures()
+        self._own_failures = failures = attempt.failures()
         if failures and (self._ended_for is None or self._ended_for.cause in (Cause.FINISHED, Cause.FAILED)):
             cause = Cause.FAILED
         elif self._stop is not None:

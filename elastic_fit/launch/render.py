@@ -30,12 +30,13 @@ class Console:
 
     Args:
         out: data.
-        err: lines for people.
+        err: lines for people; by default stderr, where workers' output is shown as well.
     """
 
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
         self._out = out or sys.stdout
         self._err = err or sys.stderr
+        self._shows_workers = err is None
         self._is_terminal = self._err.isatty()
         self._has_color = self._is_terminal and not os.environ.get("NO_COLOR")
 
@@ -123,8 +124,10 @@ class Console:
 
     def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
         """A worker has failed: root cause, decision, loss, hint."""
-        self.line(f"rank {root.rank} (pid {root.pid}) failed first: {root.cause}", style="31")
-        for text in root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
+        is_above = root.shown and self._shows_workers
+        where = " (its traceback is above)" if is_above else ""
+        self.line(f"rank {root.rank} (pid {root.pid}) failed first: {root.cause}{where}", style="31")
+        for text in () if is_above else root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
             self._print(f"  {text}", file=self._err)
         lost = max(0, reached - resume)
         self.line(f"lost     {lost} optimizer steps (had reached {reached}, going on from {resume})")

@@ -139,6 +139,7 @@ def _write_error_file(error: BaseException, message: str, text: str, board: Boar
         "type": type(error).__name__,
         "bases": [base.__name__ for base in type(error).__mro__],
         "traceback": text,
+        "printed": bool(text) and sys.stderr is sys.__stderr__,  # else a script has sent it elsewhere
         "rank": int(os.environ.get("RANK", "0")),
         "step": board[Word.STEP],
         "t": now,

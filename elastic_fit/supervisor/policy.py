@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SECONDARY = (
     # What a rank says when another one has gone: never a root cause while a better one is known.
@@ -79,6 +79,8 @@ class WorkerFailure:
     """Names of the classes that the exception's class derives from, itself included."""
     message: str = ""
     traceback: str = ""
+    shown: bool = False
+    """Whether the worker has put that traceback, and no other worker has put one, where this node's person reads."""
     t: float = 0.0
     """When the exception was raised, seconds since the epoch; 0 where unknown."""
 
@@ -113,7 +115,9 @@ def root_cause(failures: Sequence[WorkerFailure]) -> WorkerFailure:
     A death by signal counts from when it was seen, an exception from when its process ended as well: both clocks are
     the node's own. Raises ValueError where there is no failure.
     """
-    return min(failures, key=lambda failure: (failure.is_secondary, failure.seen_ns, failure.rank))
+    root = min(failures, key=lambda failure: (failure.is_secondary, failure.seen_ns, failure.rank))
+    # Among the tracebacks of several ranks, nobody would know which one counts.
+    return replace(root, shown=False) if root.shown and len(failures) > 1 else root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

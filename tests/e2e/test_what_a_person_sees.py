@@ -2,11 +2,98 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch.parser import parse
+from elastic_fit.launch.render import Console
+from elastic_fit.launch.run import launch
+from elastic_fit.launch.workers import Nursery
 from tests.launching import Elastic, Launched
+
+LAST_LINE = "RuntimeError: the disk is wet"
+RAISES = "def dry():\n    raise RuntimeError('the disk is wet')\n\n\ndry()\n"
+
+
+@pytest.fixture
+def on_one_console(nursery: Nursery, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a script that fails, and return all that its person sees: the launcher's lines and the workers' stderr."""
+
+    def run(script: str, *flags: str) -> str:
+        (tmp_path / "train.py").write_text(textwrap.dedent(script))
+        argv = ["--run-dir", str(tmp_path / "run"), "--max-restarts", "0", *flags, str(tmp_path / "train.py")]
+        assert launch(parse(argv), Console(), nursery) == 1
+        return capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_the_traceback_of_a_worker_that_fails_alone_is_shown_once(
+    on_one_console: Callable[..., str], nodes: str
+) -> None:
+    seen = on_one_console(RAISES, "--nnodes", nodes)
+    assert seen.count("Traceback") == 1
+    lines = seen.splitlines()
+    where = next(line for line in lines if "rank 0 (pid" in line)
+    assert where.endswith(f"failed first: {LAST_LINE} (its traceback is above)")
+    assert lines.index(LAST_LINE) < lines.index(where)
+
+
+def test_of_two_failing_ranks_the_first_ones_traceback_is_told_first_and_whole(
+    on_one_console: Callable[..., str],
+) -> None:
+    seen = on_one_console(
+        """
+        import os, time
+        from pathlib import Path
+
+        def falls_first():
+            raise RuntimeError("the disk is wet")
+
+        def falls_later(first):
+            while Path(f"/proc/{first}").exists() and " Z " not in Path(f"/proc/{first}/stat").read_text():
+                time.sleep(0.01)
+            raise RuntimeError("so is mine")
+
+        pid = Path(__file__).with_name("pid")
+        if os.environ["RANK"] == "1":
+            pid.with_suffix(".new").write_text(str(os.getpid()))
+            pid.with_suffix(".new").rename(pid)
+            falls_first()
+        while not pid.exists():
+            time.sleep(0.01)
+        falls_later(pid.read_text())
+        """,
+        "--nproc-per-node",
+        "2",
+    )
+    report = seen[seen.index("rank 1 (pid") :].splitlines()
+    assert report[0].endswith(f"failed first: {LAST_LINE}")
+    assert report[1] == "  Traceback (most recent call last):"
+    assert "falls_first()" in report[3]
+    assert f"  {LAST_LINE}" in report
+    assert not any("so is mine" in line for line in report)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (RAISES, ("--redirects", "3")),
+        (RAISES, ("--local-ranks-filter", "1")),
+        ("import sys\nsys.stderr = open('elsewhere', 'w')\n" + RAISES, ()),
+    ],
+)
+def test_a_traceback_that_went_elsewhere_is_told_by_the_report(
+    on_one_console: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = on_one_console(script, *flags)
+    assert seen.count("Traceback") == 1
+    assert f"  {LAST_LINE}" in seen.splitlines()
 
 
 def test_five_lines_at_the_start_and_one_at_the_end(elastic: Elastic) -> None:
