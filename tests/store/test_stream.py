@@ -71,6 +71,16 @@ def test_a_disk_that_fills_up_behind_the_writers_back_is_told_and_nothing_is_lef
     assert disk.syncs == 0
 
 
+def test_what_comes_after_the_end_is_refused_not_lost(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path).stage("a.ckpt") as staged:
+        with staged.open() as file:
+            file.write(b"x" * (CHUNK_BYTES + 1))
+        with pytest.raises(ValueError, match="closed"):
+            file.write(b"more")
+        staged.commit(Facts(step=1))
+    assert verify(tmp_path / "a.ckpt").valid
+
+
 def test_an_error_in_the_middle_of_a_shard_commits_nothing(tmp_path: Path) -> None:
     with CheckpointStore(tmp_path).stage("a.ckpt") as staged:
         staged.mkdir()

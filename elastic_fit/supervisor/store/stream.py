@@ -16,9 +16,11 @@ import xxhash
 from elastic_fit.supervisor.store.manifest import FileEntry
 
 CHUNK_BYTES = 8 << 20
-"""What is hashed and handed to storage at once."""
+"""What is handed to the thread at once."""
+PIECE_BYTES = 512 << 10
+"""What is hashed and stored at once: one brings it into the core's own cache, and the other finds it there."""
 WAITING = 3
-"""How many such pieces may wait for that."""
+"""How many chunks may wait for the thread."""
 
 
 class DigestingStream:
@@ -32,7 +34,10 @@ class DigestingStream:
         self._relative = relative
         self._hash = xxhash.xxh3_128()
         self._size = 0
-        self._gathered = bytearray()
+        self._gathering = memoryview(b"")
+        self._gathered = 0
+        self._free: list[memoryview] = []
+        """Buffers whose bytes are stored: used again, since memory that is new has to be cleared first."""
         self._waiting: deque[Future[None]] = deque()
         self._thread: ThreadPoolExecutor | None = None
         self.failure: OSError | None = None
@@ -42,35 +47,42 @@ class DigestingStream:
 
     def write(self, data: object) -> int:
         """Append bytes; returns how many. They may change as soon as this has returned."""
+        if self._closed:
+            raise ValueError("write to a closed file")
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         done = 0
         while done < len(view):
-            taken = view[done : done + CHUNK_BYTES - len(self._gathered)]
-            self._gathered += taken
-            done += len(taken)
-            if len(self._gathered) == CHUNK_BYTES:
+            if self._gathered == len(self._gathering):
                 self._hand_on()
+            taken = view[done : done + len(self._gathering) - self._gathered]
+            self._gathering[self._gathered : self._gathered + len(taken)] = taken
+            self._gathered += len(taken)
+            done += len(taken)
         self._size += done
         return done
 
     def _hand_on(self) -> None:
-        """Have the thread store what is gathered. What went wrong there comes out here."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="elastic-fit-store")
+        """Have the thread store what is gathered, and begin anew. What went wrong there comes out here."""
         while len(self._waiting) >= WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
-        gathered, self._gathered = self._gathered, bytearray()
-        self._waiting.append(self._thread.submit(self._store, gathered))
+        if self._gathered:
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="elastic-fit-store")
+            self._waiting.append(self._thread.submit(self._store, self._gathering))
+        self._gathering = self._free.pop() if self._free else memoryview(bytearray(CHUNK_BYTES))
+        self._gathered = 0
 
-    def _store(self, gathered: bytearray) -> None:
+    def _store(self, view: memoryview) -> None:
         if self.failure is not None:
             raise self.failure
-        self._hash.update(gathered)
         try:
-            self._put(memoryview(gathered))
+            for start in range(0, len(view), PIECE_BYTES):
+                piece = view[start : start + PIECE_BYTES]
+                self._hash.update(piece)
+                self._put(piece)
         except OSError as error:
             self.failure = error
             raise
+        self._free.append(view)
 
     def flush(self) -> None:
         """Nothing: bytes are handed on as they come, and all of them are there after `close`."""
@@ -79,8 +91,7 @@ class DigestingStream:
         while self._waiting:
             self._waiting.popleft().result()
         if self._gathered:
-            gathered, self._gathered = self._gathered, bytearray()
-            self._store(gathered)
+            self._store(self._gathering[: self._gathered])
 
     def _put(self, view: memoryview) -> None:
         """Store all of it, after what came before."""
@@ -119,6 +130,8 @@ class DigestingStream:
         self._closed = True
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+        self._gathering = memoryview(b"")
+        self._free.clear()
         self._finish(whole=whole)
         self._is_whole = whole
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import xxhash
-
+from elastic_fit.supervisor.store.digest import LANES, digest_of
 from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, Manifest, ManifestError, manifest_path
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.trust import distrust, open_below, walk
 
-CHUNK_BYTES = 4 << 20
 THREADS = 4
+"""Files that are read at a time, or more where there are more cores: also while one waits for its disk."""
 
 Identity = tuple[int, int, int, int, int]
 
@@ -85,8 +85,10 @@ def check(data: Path, manifest: Manifest, *, deep: bool = True) -> tuple[str | N
     why = _shape(data, manifest)
     if why is not None or not deep:
         return why, "quick"
-    with ThreadPoolExecutor(min(THREADS, len(manifest.files))) as threads:
-        results = threads.map(lambda entry: _compare(data, entry), manifest.files)
+    cores, count = len(os.sched_getaffinity(0)), len(manifest.files)
+    compare = partial(_compare, data, lanes=min(LANES, cores // count))
+    with ThreadPoolExecutor(min(count, max(THREADS, cores))) as threads:
+        results = threads.map(compare, manifest.files)
         known = True
         for why, was_known in results:
             known = known and was_known
@@ -149,31 +151,15 @@ def _file_shape(name: str, status: os.stat_result | None, entry: FileEntry) -> s
     return None
 
 
-def _compare(data: Path, entry: FileEntry) -> tuple[str | None, bool]:
-    """Why a file isn't what was written, and whether its digest was known."""
+def _compare(data: Path, entry: FileEntry, *, lanes: int) -> tuple[str | None, bool]:
+    """Why a file isn't what was written, and whether its digest was known. Reads with up to `lanes` threads."""
     name = entry.path or data.name
     try:
         with open(open_below(data, entry.path), "rb", buffering=0) as file:
             key = identify(os.fstat(file.fileno()))
             known = _known.get(key)
-            digest = known or _known.setdefault(key, _read(file.fileno()))
+            digest = known or _known.setdefault(key, digest_of(file.fileno(), lanes))
     except OSError as error:
         raise OSError(error.errno, error.strerror, name) from error
     same = digest == entry.digest
     return None if same else f"{name} is not what was written: its digest differs", known is not None
-
-
-def _read(descriptor: int) -> str:
-    """The digest of all that is to read. A thread hashes one buffer while another is being filled."""
-    digest = xxhash.xxh3_128()
-    filling, hashing = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
-    hashed: Future[None] | None = None
-    with ThreadPoolExecutor(1) as hasher:
-        while count := os.readv(descriptor, [filling]):
-            if hashed is not None:
-                hashed.result()
-            hashed = hasher.submit(digest.update, memoryview(filling)[:count])
-            filling, hashing = hashing, filling
-        if hashed is not None:
-            hashed.result()
-    return digest.hexdigest()
