@@ -1,16 +1,20 @@
 """What a sealed save costs beside writing the same bytes, and beside what others do with the same state.
 
-    python benchmarks/store.py                                # 1 GB and 4 GB; about five minutes
+    python benchmarks/store.py                                # 1 GB and 4 GB; six to eight minutes
     python benchmarks/store.py --sizes 0.25 --rounds 3 --folder /mnt/scratch
 
-The state is that of a transformer under AdamW. In each round every arm saves it once, in a random order, into an empty
-place; the disk is idle before each. Ratios are of the two times of one round; the table has their median, and the
-smallest and largest. An arm's extra memory is its peak resident size beyond what the process had before.
+The state is that of a transformer under AdamW, and of the smallest size also a single tensor. In each round every arm
+saves it once, in a random order, into an empty place; the disk is idle before each. Ratios are of the two times of one
+round; the table has their median, and the smallest and largest. An arm's extra memory is its peak resident size beyond
+what the process had before.
 
 Arms: ``raw`` writes as many bytes with os.write and the fsyncs of the commit protocol (file, folder, manifest,
 folder). ``elastic-fit`` is a sealed save, from the state in memory to the durable commit. ``lightning`` is
 TorchCheckpointIO as it is, which syncs nothing, and ``lightning, synced`` the same followed by an fsync of file and
 folder. ``dcp`` is torch.distributed.checkpoint with one file, which syncs it.
+
+Deep verification is compared with two readers that hash nothing: one with the same threads, reading the same pieces in
+the same order, and one with a thread for each file.
 """
 
 from __future__ import annotations
@@ -30,18 +34,21 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from elastic_fit.callbacks.seal import is_finite, persist
-from elastic_fit.supervisor.store import CheckpointStore, Facts, verify
+from elastic_fit.supervisor.store import CheckpointStore, Facts, Verdict, verify
+from elastic_fit.supervisor.store.digest import CHUNK_BYTES as DIGEST_BYTES
+from elastic_fit.supervisor.store.digest import LANES
 
 GB = 10**9
 WIDTH = 1024
 CHUNK_BYTES = 8 << 20
 READ_BYTES = 4 << 20
 MANIFEST = b"m" * 900
-LIMIT_S = 150.0
-"""Rounds stop early where one size has taken that long."""
+SAVES_S, LOOKS_S = 80.0, 20.0
+"""Rounds of a table of saves, and of a row of verification, end early where they have taken that long."""
 
 
 def state_of(size: int) -> dict[str, Any]:
@@ -65,11 +72,17 @@ def state_of(size: int) -> dict[str, Any]:
     return {"epoch": 0, "global_step": 1, "state_dict": parameters, "optimizer_states": [optimizer]}
 
 
+def single_of(size: int) -> dict[str, Any]:
+    """About as many bytes in one tensor, whose checksum torch.save computes before it gives out its first byte."""
+    return {"epoch": 0, "global_step": 1, "state_dict": {"weight": torch.randn(size // 4)}, "optimizer_states": []}
+
+
 def tensors_of(state: dict[str, Any]) -> Iterator[torch.Tensor]:
     """All of them."""
     yield from state["state_dict"].values()
-    for moments in state["optimizer_states"][0]["state"].values():
-        yield from moments.values()
+    for optimizer in state["optimizer_states"]:
+        for moments in optimizer["state"].values():
+            yield from moments.values()
 
 
 # arms: each saves into an empty folder and returns the seconds that it took, by name
@@ -131,12 +144,13 @@ def distributed(state: dict[str, Any], folder: Path, size: int) -> dict[str, flo
 
 Arm = Callable[[dict[str, Any], Path, int], dict[str, float]]
 ARMS: tuple[Arm, ...] = (raw, sealed, lightning, distributed)
+ROWS = ("raw", "elastic-fit", "lightning", "lightning, synced", "dcp")
 
 
-def saves(state: dict[str, Any], size: int, rounds: int, root: Path) -> None:
+def saves(title: str, state: dict[str, Any], size: int, rounds: int, root: Path) -> None:
     """Measure and print the table of saves."""
     order = random.Random(0)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {name: [] for name in ROWS}
     memory: dict[str, int] = {}
     began = time.monotonic()
     for _ in range(rounds):
@@ -145,13 +159,13 @@ def saves(state: dict[str, Any], size: int, rounds: int, root: Path) -> None:
             os.sync()
             before = reset_peak()
             for name, seconds in arm(state, folder, size).items():
-                times.setdefault(name, []).append(seconds)
+                times[name].append(seconds)
                 memory[name] = max(memory.get(name, 0), peak() - before)
             shutil.rmtree(folder)
-        if time.monotonic() - began > LIMIT_S:
+        if time.monotonic() - began > SAVES_S:
             break
     done = len(times["raw"])
-    print(f"\nsaving {size / GB:.2f} GB, {done} rounds\n")
+    print(f"\nsaving {size / GB:.2f} GB in {title}, {done} rounds\n")
     print("| save | GB/s | speed / raw | extra memory, MiB |\n|---|---|---|---|")
     for name, seconds in times.items():
         speed = size / GB / statistics.median(seconds)
@@ -159,39 +173,76 @@ def saves(state: dict[str, Any], size: int, rounds: int, root: Path) -> None:
 
 
 def verifying(path: Path, rounds: int, *, warm: bool) -> None:
-    """Measure and print deep verification beside reading the same files with as many threads."""
+    """Measure and print deep verification beside reading the same files."""
     files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
-    reads: list[float] = []
-    verifies: list[float] = []
+    lanes = max(1, min(LANES, len(os.sched_getaffinity(0)) // len(files)))
+    jobs: dict[str, Callable[[], object]] = {
+        "verify": lambda: verify(path, deep=True),
+        "same threads": lambda: read_all(files, lanes, DIGEST_BYTES),
+        "one each": lambda: read_all(files, 1, READ_BYTES),
+    }
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in jobs}
     extra = 0
+    began = time.monotonic()
     for number in range(rounds):
-        for job in (reads, verifies) if number % 2 else (verifies, reads):
+        for name in order.sample(list(jobs), len(jobs)):
             for each in files:
                 os.utime(each)  # what this process has verified is known to it by its time
                 if not warm:
                     forget(each)
             before = reset_peak()
-            began = time.perf_counter()
-            if job is reads:
-                with ThreadPoolExecutor(4) as threads:
-                    list(threads.map(read, files))
-            else:
-                assert verify(path, deep=True).valid
+            started = time.perf_counter()
+            result = jobs[name]()
+            times[name].append(time.perf_counter() - started)
+            if isinstance(result, Verdict):
+                assert result.valid
+                assert result.depth == "deep"
                 extra = max(extra, peak() - before)
-            job.append(time.perf_counter() - began)
+        if number >= 2 and time.monotonic() - began > LOOKS_S:
+            break
     size = sum(each.stat().st_size for each in files)
-    speed = size / GB / statistics.median(verifies)
-    cache = "warm" if warm else "cold"
-    print(f"| {len(files)} | {cache} | {speed:.2f} | {ratios(reads, verifies)} | {extra / 2**20:.0f} |")
+    speed = size / GB / statistics.median(times["verify"])
+    same, plain = (ratios(times[name], times["verify"]) for name in ("same threads", "one each"))
+    print(f"| {len(files)} | {'warm' if warm else 'cold'} | {speed:.2f} | {same} | {plain} | {extra / 2**20:.0f} |")
 
 
-def read(path: Path) -> None:
-    """All of a file."""
+def read_all(files: list[Path], lanes: int, piece: int) -> None:
+    """All of some files, side by side: each by `lanes` threads that read every so-many-th piece."""
+    with ThreadPoolExecutor(len(files) * lanes) as threads:
+        list(threads.map(partial(read, lanes=lanes, piece=piece), files * lanes, sorted([*range(lanes)] * len(files))))
+
+
+def read(path: Path, lane: int, *, lanes: int, piece: int) -> None:
+    """Every so-many-th piece of a file, from the `lane`-th on."""
     descriptor = os.open(path, os.O_RDONLY)
-    buffer = bytearray(READ_BYTES)
-    while os.readv(descriptor, [buffer]):
-        pass
+    buffer = bytearray(piece)
+    start = lane * piece
+    while os.preadv(descriptor, [buffer], start):
+        start += lanes * piece
     os.close(descriptor)
+
+
+def one_core(path: Path, looks: int) -> None:
+    """What a core reads from the page cache, and hashes, each by itself: the most that verifying can be of reading."""
+    buffer = memoryview(bytearray(DIGEST_BYTES))
+    pieces = path.stat().st_size // DIGEST_BYTES
+    reads, hashes = [], []
+    with path.open("rb", buffering=0) as file:
+        for _ in range(looks):
+            digest = xxhash.xxh3_128()
+            began = time.thread_time()
+            for number in range(pieces):
+                os.preadv(file.fileno(), [buffer], number * DIGEST_BYTES)
+            reads.append(pieces * DIGEST_BYTES / GB / (time.thread_time() - began))
+            began = time.thread_time()
+            for _ in range(pieces):
+                digest.update(buffer)
+            hashes.append(pieces * DIGEST_BYTES / GB / (time.thread_time() - began))
+    reading, hashing = statistics.median(reads), statistics.median(hashes)
+    most = hashing / (reading + hashing)
+    print(f"\none core reads {reading:.1f} GB/s from the page cache, and hashes {hashing:.1f} GB/s:")
+    print(f"with all cores busy, verification is at most {most:.2f} of reading")
 
 
 def forget(path: Path) -> None:
@@ -241,37 +292,50 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1,4", help="GB, separated by commas")
-    parser.add_argument("--rounds", type=int, default=15, help="at most; a size ends early after 150 s")
+    parser.add_argument("--rounds", type=int, default=15, help="at most: a table of saves takes up to 80 s")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to save")
     args = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="elastic-fit-store-", dir=args.folder))
     try:
-        for text in args.sizes.split(","):
-            measure(float(text), args.rounds, root)
+        for number, text in enumerate(args.sizes.split(",")):
+            measure(float(text), args.rounds, root, also_single=number == 0)
     finally:
         shutil.rmtree(root)
 
 
-def measure(gigabytes: float, rounds: int, root: Path) -> None:
+def measure(gigabytes: float, rounds: int, root: Path, *, also_single: bool) -> None:
     """All tables of one size."""
+    if also_single:
+        single = single_of(int(gigabytes * GB))
+        saves("one tensor", single, warm_up(single, root), rounds, root)
+        del single
     state = state_of(int(gigabytes * GB))
-    store = CheckpointStore(root / f"{gigabytes}")
-    size = persist(state, store, "step=1.ckpt", Facts(step=1))  # also warms up
-    sharded = shards(state, store, 4)
-    saves(state, size, rounds, root)
+    saves(f"{len(list(tensors_of(state)))} tensors", state, warm_up(state, root), rounds, root)
+    store = CheckpointStore(root / "verified")
+    persist(state, store, "step=1.ckpt", Facts(step=1))
     looks = max(3, rounds // 3)
-    print("\n| deep verify: files | cache | GB/s | speed / plain read | extra memory, MiB |\n|---|---|---|---|---|")
+    print("\n| deep verify: files | cache | GB/s | speed / same threads | speed / a thread each | extra memory, MiB |")
+    print("|---|---|---|---|---|---|")
+    sharded = shards(state, store, 4)
     for path in (store.root / "step=1.ckpt", sharded):
         for warm in (False, True):
             verifying(path, looks, warm=warm)
+    one_core(store.root / "step=1.ckpt", looks)
     passes = []
     for _ in range(looks):
         began = time.perf_counter()
         assert is_finite(state)
         passes.append(time.perf_counter() - began)
-    print(f"\nlooking for NaN and Inf: {statistics.median(passes):.3f} s on one core")
+    seconds = statistics.median(passes)
+    print(f"\nlooking for NaN and Inf: {seconds:.3f} s on one core, {seconds / gigabytes:.3f} s per GB")
     shutil.rmtree(store.root)
+
+
+def warm_up(state: dict[str, Any], root: Path) -> int:
+    """Save once, unmeasured; returns how many bytes that takes."""
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        return persist(state, CheckpointStore(folder), "step=1.ckpt", Facts(step=1))
 
 
 if __name__ == "__main__":
