@@ -13,7 +13,11 @@ from elastic_fit.supervisor.store.remote import RemoteStore
 
 def save(url: str, name: str, step: int, data: bytes, part_bytes: int) -> None:
     """A sealed save that is acknowledged when this returns."""
-    with RemoteStore(url, part_bytes=part_bytes).stage(name) as staged:
+    save_to(RemoteStore(url, part_bytes=part_bytes), name, step, data)
+
+
+def save_to(store: RemoteStore, name: str, step: int, data: bytes) -> None:
+    with store.stage(name) as staged:
         with staged.open() as file:
             file.write(data)
         staged.commit(Facts(step=step))

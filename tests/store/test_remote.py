@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid, verify
 from elastic_fit.supervisor.errors import FencedOff
 from elastic_fit.supervisor.store import SUFFIX, CheckpointStore, Facts, SaveFailed, open_store
-from elastic_fit.supervisor.store.objects import Upload
+from elastic_fit.supervisor.store.objects import Objects, Upload
 from elastic_fit.supervisor.store.remote import RemoteStore
 from tests.checkpoint.models import At, Line, fall_over, trainer
 
@@ -122,25 +122,90 @@ def test_a_second_writer_of_the_same_name_is_refused(url: str) -> None:
 
 
 class Fence:
-    """Falls at a chosen look."""
+    """Falls at a chosen look, when something else happens first."""
 
-    def __init__(self, falls_at: int) -> None:
+    def __init__(self, falls_at: int = 0, meanwhile: Callable[[], object] = lambda: None) -> None:
         self.looks = 0
-        self.falls_at = falls_at
+        self._falls_at = falls_at
+        self._meanwhile = meanwhile
 
     def check(self) -> None:
         self.looks += 1
-        if self.looks >= self.falls_at:
+        if self.looks == self._falls_at:
+            self._meanwhile()
+        if 0 < self._falls_at <= self.looks:
             raise FencedOff("generation 1 was replaced by generation 2")
 
 
-@pytest.mark.parametrize("look", [1, 2, 3])
+@pytest.mark.parametrize("look", [1, 2, 3, 4])
 def test_a_leader_that_was_replaced_commits_nothing(url: str, look: int) -> None:
+    """What is to be seen of its upload by then stays, without a manifest: the name may be the new leader's."""
     save(open_store(url), 1)
     with pytest.raises(FencedOff):
         save(RemoteStore(url, fence=Fence(look), generation=1), 2)
     assert newest(url) == 1
-    assert set(objects()) == {"/bucket/run/step=1.ckpt", f"/bucket/run/step=1.ckpt{SUFFIX}"}
+    assert {name for name in objects() if name.endswith(SUFFIX)} == {f"/bucket/run/step=1.ckpt{SUFFIX}"}
+    save(RemoteStore(url, generation=2), 2)
+    assert newest(url) == 2
+
+
+OLD = {
+    "a new name": (lambda store: save(store, 3), "step=3.ckpt"),
+    "a name again": (lambda store: save(store, 3, "last.ckpt"), "last.ckpt"),
+    "removed": (lambda store: store.remove("step=2.ckpt"), "step=2.ckpt"),
+    "last": (lambda store: store.link_last("step=2.ckpt"), "last.ckpt"),
+}
+"""What an old leader is doing when it is paused, and the name that is contested."""
+
+
+def prepared(url: str) -> None:
+    for step, name in ((1, "step=1.ckpt"), (2, "step=2.ckpt"), (2, "last.ckpt")):
+        save(open_store(url), step, name)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_whenever_the_old_leader_wakes_what_the_new_one_has_acknowledged_stays(url: str, name: str) -> None:
+    act, contested = OLD[name]
+    prepared(url)
+    watched = Fence()
+    act(RemoteStore(url, fence=watched, generation=1))
+    assert watched.looks >= 2
+    for look in range(1, watched.looks + 1):
+        fsspec.filesystem("memory").store.clear()
+        prepared(url)
+        fence = Fence(look, lambda: save(RemoteStore(url, generation=2), 9, contested))
+        with pytest.raises(FencedOff):
+            act(RemoteStore(url, fence=fence, generation=1))
+        assert newest(url) == 9
+        assert verify(f"{url}/{contested}").valid
+        with pytest.raises(FencedOff):
+            act(RemoteStore(url, fence=fence, generation=1))
+        assert newest(url) == 9
+
+
+@pytest.mark.parametrize("request_", ["upload", "exists", "put_new", "complete"])
+def test_no_pause_however_short_lets_two_leaders_write_one_new_name(
+    url: str, request_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between a look at the fence and the request that follows it."""
+    owner: Any = Upload if request_ == "complete" else Objects
+    original = getattr(owner, request_)
+    fence = Fence(1)
+    fence.looks = -100
+    acknowledged: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        monkeypatch.setattr(owner, request_, original)
+        fence.looks = 100
+        save(RemoteStore(url, generation=2), 9, "step=9.ckpt")
+        acknowledged.append(9)
+        return original(*args)
+
+    monkeypatch.setattr(owner, request_, interrupted)
+    with pytest.raises((FencedOff, SaveFailed)):
+        save(RemoteStore(url, fence=fence, generation=1), 3, "step=9.ckpt")
+    assert acknowledged == [9]
+    assert newest(url) == 9
 
 
 def test_last_is_a_copy_that_any_tool_can_open(url: str) -> None:

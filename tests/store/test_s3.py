@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 
 from elastic_fit import ElasticCheckpoint, latest_valid, verify
 from elastic_fit.launch import cli
+from elastic_fit.supervisor.errors import FencedOff
 from elastic_fit.supervisor.store import Facts, SaveFailed, Selection
 from elastic_fit.supervisor.store.remote import RemoteStore
 from tests.checkpoint.models import At, Line, fall_over, trainer
@@ -174,6 +175,43 @@ def test_an_upload_that_is_given_up_leaves_no_parts(bucket: str) -> None:
     s3 = fsspec.filesystem("s3")
     assert s3.list_multipart_uploads(bucket.split("/")[2]) == []
     assert latest_valid(bucket).chosen is None
+
+
+class Fence:
+    """Lets the new leader save once an old one has passed a chosen look, and has fallen from then on."""
+
+    def __init__(self, look: int, meanwhile: Callable[[], None]) -> None:
+        self.looks = 0
+        self._look = look
+        self._meanwhile = meanwhile
+
+    def check(self) -> None:
+        self.looks += 1
+        if self.looks == self._look:
+            self._meanwhile()
+        elif self.looks > self._look:
+            raise FencedOff("generation 1 was replaced by generation 2")
+
+
+@pytest.mark.parametrize("size", [MIB, 6 * MIB], ids=["in one request", "in parts"])
+@pytest.mark.parametrize("look", [1, 2, 3], ids=["before the upload", "before its end", "before the manifest"])
+def test_what_the_new_leader_has_saved_is_not_overwritten_however_late_the_old_one_wakes(
+    bucket: str, size: int, look: int
+) -> None:
+    """Asleep between a look at the fence, which it has passed, and the request that comes next."""
+    new = b"new" * size
+    fence = Fence(look, lambda: s3_client.save(bucket, "step=2.ckpt", 9, new, PART_BYTES))
+    old = RemoteStore(bucket, fence=fence, generation=1, part_bytes=PART_BYTES)
+    with pytest.raises((FencedOff, SaveFailed)):
+        s3_client.save_to(old, "step=2.ckpt", 2, bytes(size))
+    assert fence.looks > look
+    chosen = latest_valid(bucket).chosen
+    assert chosen is not None
+    assert chosen.manifest.step == 9
+    s3 = fsspec.filesystem("s3")
+    assert s3.list_multipart_uploads(bucket.split("/")[2]) == []
+    with fsspec.open(str(chosen.path), "rb") as file:
+        assert file.read() == new
 
 
 def test_two_writers_of_one_name_are_not_both_acknowledged(bucket: str) -> None:

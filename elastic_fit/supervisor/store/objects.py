@@ -66,11 +66,18 @@ def _as_os_error(call: Callable[P, R]) -> Callable[P, R]:
 
 
 class Upload:
-    """One object on its way; it is there, whole, when `complete` returns, and not before on S3 and GCS."""
+    """One object of a free name on its way; it is there, whole, when `complete` returns, and not before on S3 and GCS.
+
+    FileExistsError, there at its end, elsewhere when it begins, where the name has been taken.
+    """
 
     @_as_os_error
     def __init__(self, filesystem: Any, url: str, part_bytes: int) -> None:
-        self._file = filesystem.open(url, "wb", block_size=part_bytes)
+        from fsspec.spec import AbstractBufferedFile
+
+        self._file = filesystem.open(url, "xb", block_size=part_bytes)
+        self.is_visible = not isinstance(self._file, AbstractBufferedFile)
+        """Whether there is an object, be it a part of one."""
 
     @_as_os_error
     def put(self, view: memoryview) -> None:
@@ -80,18 +87,22 @@ class Upload:
     @_as_os_error
     def complete(self) -> None:
         """Make it visible."""
-        self._file.close()
+        try:
+            self._file.close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # nobody sees the parts that stay
+                self.give_up()
+            raise
+        self.is_visible = True
 
     @_as_os_error
     def give_up(self) -> None:
-        """Forget it, and the parts that are there."""
-        from fsspec.spec import AbstractBufferedFile
-
-        if isinstance(self._file, AbstractBufferedFile):
+        """Forget the parts that are there."""
+        if self.is_visible:
+            self._file.close()
+        else:
             self._file.discard()
             self._file.closed = True  # else its finalizer would send the rest
-        else:
-            self._file.close()
 
 
 class Objects:
@@ -114,7 +125,7 @@ class Objects:
         return (self._root / name).text if name else self._root.text
 
     def upload(self, name: str, part_bytes: int) -> Upload:
-        """Begin an object."""
+        """Begin an object of a free name."""
         return Upload(self._fs, self._url(name), part_bytes)
 
     @_as_os_error

@@ -2,11 +2,15 @@
 
 There are no renames there, and none are needed: an object appears whole when its upload completes, or not at all.
 
-1. What has the name already, if it was committed, is copied to another name within the store, manifest last; then its
-   manifest is deleted. From here on the name isn't valid, and the copy is.
-2. The data is uploaded to its name, in parts, its digest computed as the bytes pass by.
-3. The manifest is put, on condition that there is none. *It is the commit; nothing before it may be read as valid.*
+1. What has the name already, if it was committed, is copied to another name within the store, manifest last; then it is
+   deleted, manifest first. From here on the name isn't valid, and the copy is.
+2. The data is uploaded to its name, in parts, its digest computed as the bytes pass by. It appears on condition that
+   nothing has that name.
+3. The manifest is put, on the same condition. *It is the commit; nothing before it may be read as valid.*
 4. The copy is deleted, manifest first.
+
+The fence is asked before each request that takes something away or makes something valid. Whoever is paused between the
+two is too late for what appears under a free name: these requests carry their condition with them. A deletion can't.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from types import TracebackType
 
 import xxhash
 
-from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.errors import FencedOff, StorageError
 from elastic_fit.supervisor.store.commit import SaveFailed
 from elastic_fit.supervisor.store.folder import NO_FENCE, Checkpoint, CheckpointStore
 from elastic_fit.supervisor.store.generation import Fence
@@ -49,18 +53,38 @@ READS_AHEAD = 4
 class ObjectStream(DigestingStream):
     """A new object, uploaded front to back."""
 
-    def __init__(self, objects: Objects, name: str, part_bytes: int) -> None:
+    def __init__(self, objects: Objects, name: str, part_bytes: int, fence: Fence) -> None:
         super().__init__("")
-        self._upload = objects.upload(name, part_bytes)
+        self._fence = fence
+        self._objects = objects
+        self._name = name
+        self.upload = objects.upload(name, part_bytes)
 
     def _put(self, view: memoryview) -> None:
-        self._upload.put(view)
+        self.upload.put(view)
 
     def _finish(self, *, whole: bool) -> None:
-        if whole:
-            self._upload.complete()
-        else:
-            self._upload.give_up()
+        if not whole:
+            self.upload.give_up()
+            return
+        try:
+            self._fence.check()
+        except FencedOff:
+            self.upload.give_up()
+            raise
+        try:
+            self._complete()
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _complete(self) -> None:
+        try:
+            self.upload.complete()
+        except FileExistsError:
+            # A client that repeats a request whose answer was lost finds what it has uploaded itself.
+            if _digest(self._objects, self._name, self._objects.size(self._name)) != self.hexdigest():
+                raise
 
 
 class RemoteStaged:
@@ -89,13 +113,13 @@ class RemoteStaged:
 
     def open(self) -> ObjectStream:
         """Upload it. SaveFailed where the store refuses, FencedOff where a newer generation has taken the run."""
-        self._fence.check()
-        try:
+        with self._failing():
+            self._fence.check()
             if self._objects.exists(self._name + SUFFIX):
                 self._aside = self._set_aside()
-            self._stream = ObjectStream(self._objects, self._name, self._part_bytes)
-        except OSError as error:
-            raise SaveFailed(self.target, error) from error
+            elif self._objects.exists(self._name):  # of a save that was interrupted
+                delete(self._objects, self._name, self._fence)
+            self._stream = ObjectStream(self._objects, self._name, self._part_bytes, self._fence)
         return self._stream
 
     def _set_aside(self) -> str | None:
@@ -106,7 +130,7 @@ class RemoteStaged:
             aside = aside_name(self._name, f"{self._generation}-{secrets.token_hex(4)}")
             self._objects.copy(self._name, aside)
             self._objects.put_new(aside + SUFFIX, verdict.manifest.to_bytes())
-        self._objects.delete(self._name + SUFFIX)
+        delete(self._objects, self._name, self._fence)
         return aside
 
     def commit(self, facts: Facts) -> Checkpoint:
@@ -116,35 +140,45 @@ class RemoteStaged:
         """
         if self._stream is None:
             raise ValueError("nothing was written")
-        try:
+        with self._failing():
             self._stream.close()
             manifest = manifest_of(self._name, facts, self._stream.entry())
             self._fence.check()
             self._put_manifest(manifest)
-            self._withdraw_if_fenced_off()
+            self._withdraw_if_fenced_off(manifest)
             self._committed = True
             if self._aside is not None:
-                delete(self._objects, self._aside)
-        except OSError as error:
-            raise SaveFailed(self.target, error) from error
+                delete(self._objects, self._aside, NO_FENCE)  # a name that nobody else has
         return Checkpoint(path=self.target, manifest=manifest)
 
     def _put_manifest(self, manifest: Manifest) -> None:
-        text = manifest.to_bytes()
         try:
-            self._objects.put_new(self._name + SUFFIX, text)
+            self._objects.put_new(self._name + SUFFIX, manifest.to_bytes())
         except FileExistsError:
-            # A client that repeats a request whose answer was lost finds what it has put itself.
-            if self._objects.read(self._name + SUFFIX, 0, MAX_BYTES) != text:
+            if not self._is_there(manifest):  # else this client has repeated a request whose answer was lost
                 raise
 
-    def _withdraw_if_fenced_off(self) -> None:
+    def _withdraw_if_fenced_off(self, manifest: Manifest) -> None:
         """A newer generation may have come between the check and the put: nobody was told of this one yet."""
         try:
             self._fence.check()
-        except StorageError:
-            self._objects.delete(self._name + SUFFIX)
+        except FencedOff:
+            if self._is_there(manifest):
+                self._objects.delete(self._name + SUFFIX)
             raise
+
+    def _is_there(self, manifest: Manifest) -> bool:
+        """Whether the name has this manifest, and not that of another save."""
+        return self._objects.read(self._name + SUFFIX, 0, MAX_BYTES) == manifest.to_bytes()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What the store refuses is a SaveFailed, or FencedOff where that is the reason."""
+        try:
+            yield
+        except OSError as error:
+            self._fence.check()
+            raise SaveFailed(self.target, error) from error
 
     def __enter__(self) -> RemoteStaged:
         return self
@@ -155,23 +189,25 @@ class RemoteStaged:
         self.discard()
         if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
             # What the store has said, whatever a serializer has made of it.
+            self._fence.check()
             raise SaveFailed(self.target, self.failure) from error
 
     def discard(self) -> None:
-        """Remove what is staged, unless it was committed."""
+        """Remove what is staged, unless it was committed, or the name may be a newer generation's by now."""
         if self._committed or self._stream is None:
             return
-        with contextlib.suppress(OSError):  # what stays is in nobody's way: it has no manifest
+        # What stays is in nobody's way: it has no manifest.
+        with contextlib.suppress(OSError, FencedOff):
             self._stream.abandon()
-        with contextlib.suppress(OSError):
-            if not self._objects.exists(self._name + SUFFIX):
-                self._objects.delete(self._name)
+            if self._stream.upload.is_visible and not self._objects.exists(self._name + SUFFIX):
+                delete(self._objects, self._name, self._fence)
 
 
 class RemoteStore(CheckpointStore):
     """A folder of checkpoints in an object store. Each is one object; folders of shards are for file systems.
 
-    One writer at a time: under the launcher its generation sees to that, by a check before and after each commit.
+    One writer at a time: under the launcher its generation sees to that, which is looked up before each request that
+    takes something away or makes something valid, and after each commit.
 
     Args:
         root: a URL that fsspec knows, such as ``s3://bucket/run``.
@@ -219,8 +255,9 @@ class RemoteStore(CheckpointStore):
     def remove(self, name: str) -> None:
         """Delete a checkpoint: manifest first, then data."""
         try:
-            delete(self._objects, name)
+            delete(self._objects, name, self._fence)
         except OSError as error:
+            self._fence.check()
             raise StorageError(f"can't delete {self.root / name}: {error.strerror or error}") from error
 
     def link_last(self, name: str, link: str = "last.ckpt") -> None:
@@ -229,10 +266,13 @@ class RemoteStore(CheckpointStore):
         if not verdict.valid or verdict.manifest is None:
             raise StorageError(f"{self.root / name} can't be copied to {link}: {verdict.why}")
         try:
-            delete(self._objects, link)
+            delete(self._objects, link, self._fence)
+            self._fence.check()
             self._objects.copy(name, link)
+            self._fence.check()
             self._objects.put_new(link + SUFFIX, replace(verdict.manifest, name=link).to_bytes())
         except OSError as error:
+            self._fence.check()
             raise SaveFailed(self.root / link, error) from error
 
     def sweep(self) -> list[str]:
@@ -250,10 +290,11 @@ def manifest_of(name: str, facts: Facts, entry: FileEntry) -> Manifest:
     return Manifest(**fields, name=name, files=(replace(entry, path=""),))
 
 
-def delete(objects: Objects, name: str) -> None:
-    """Manifest first, then data, so that nothing half-deleted looks valid."""
-    objects.delete(name + SUFFIX)
-    objects.delete(name)
+def delete(objects: Objects, name: str, fence: Fence) -> None:
+    """Manifest first, then data, so that nothing half-deleted looks valid. Raises FencedOff before it does harm."""
+    for each in (name + SUFFIX, name):
+        fence.check()
+        objects.delete(each)
 
 
 def verify_object(url: Url, *, deep: bool) -> Verdict:

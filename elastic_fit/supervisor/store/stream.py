@@ -152,4 +152,8 @@ class DigestingStream:
         """Name, size and digest. Raises OSError where it did not get to its end."""
         if not self._is_whole:
             raise self.failure or OSError(errno.EIO, f"the writing of {self._relative or 'the file'} was broken off")
-        return FileEntry(path=self._relative, size=self._size, digest=self._hash.hexdigest())
+        return FileEntry(path=self._relative, size=self._size, digest=self.hexdigest())
+
+    def hexdigest(self) -> str:
+        """Of all that was stored so far; steady once it is closed."""
+        return self._hash.hexdigest()
