@@ -16,7 +16,6 @@ from torch.distributed.elastic.agent.server.api import RunResult, Worker, Worker
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.events import handlers
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from torch.distributed.elastic.utils import macros
 
 
@@ -57,11 +56,6 @@ class TorchelasticAgent(LocalElasticAgent):
     def spec(self) -> WorkerSpec:
         """What this node runs."""
         return self._worker_group.spec
-
-    @property
-    def rendezvous_handler(self) -> RendezvousHandler:
-        """Decides who is in."""
-        return self.spec.rdzv_handler
 
     @property
     def group(self) -> WorkerGroup:

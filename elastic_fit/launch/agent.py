@@ -110,7 +110,6 @@ class ElasticAgent(TorchelasticAgent):
         super().__init__(spec)
         self.status = Status.FAILED
         self.restarts = 0
-        self.steps_repeated = 0
         self.reached_step = 0
         self._program = program
         self._fx = effects
@@ -361,7 +360,6 @@ class ElasticAgent(TorchelasticAgent):
         if isinstance(decision, GiveUp):
             return None
         self.restarts += 1
-        self.steps_repeated += max(0, reached - resume)
         fx.ledger.write("steps_repeated", from_step=resume, to_step=reached, steps=max(0, reached - resume))
         return decision
 

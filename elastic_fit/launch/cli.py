@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_fit import __version__
+from elastic_fit.launch.commands import COMMANDS
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.errors import ElasticFitError
 from elastic_fit.supervisor.exits import Exit as Status
 
-COMMANDS = ("run", "ls", "verify", "prune", "stop", "slurm", "diff")
 DEBUG_VARIABLE = "ELASTIC_FIT_DEBUG"
 
 

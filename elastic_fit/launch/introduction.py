@@ -14,9 +14,10 @@ from typing import Any
 
 import psutil
 
+from elastic_fit.launch.arbiter import Arbiter
 from elastic_fit.launch.membership import NodeRefused
 from elastic_fit.supervisor.errors import UsageError
-from elastic_fit.supervisor.roster import Profile, Roster, refusal
+from elastic_fit.supervisor.roster import Phase, Profile, Roster, refusal
 
 DEFAULT_PORT = 29400
 DIAL_S = 2.0
@@ -62,6 +63,13 @@ def is_anybody_there(roster: Roster) -> bool:
     """Whether an agent of the job answers: one of its members, or who gathers them."""
     known = [*([roster.leading] if roster.leading else []), *roster.members][:ASKED]
     return any(found is not None and found.node == one.node for one in known for found in [ask(one.address, one.port)])
+
+
+def is_going_on(arbiter: Arbiter) -> bool:
+    """Whether a job is under way whose nodes agree there. Raises ArbiterLost where that can't be asked."""
+    found = arbiter.read()
+    roster = Roster.parse(found[1]) if found is not None else None
+    return roster is not None and roster.phase is not Phase.CLOSED and is_anybody_there(roster)
 
 
 def introduce(

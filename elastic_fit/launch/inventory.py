@@ -68,7 +68,7 @@ def stores(place: str, *, generation: int = 0) -> list[CheckpointStore]:
         return [store]
     folder = local_path(place)
     run = RunDir(folder)
-    if not run.identity.exists():
+    if not run.is_run():
         return [CheckpointStore(folder, generation=generation)]
     if not run.checkpoints.is_dir():
         return []

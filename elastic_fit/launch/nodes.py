@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
+from elastic_fit.launch.closing import close
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
@@ -25,7 +26,7 @@ from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.goodput import Goodput, account
 from elastic_fit.supervisor.ledger import Ledger, read
 from elastic_fit.supervisor.pulse import ListeningClock
-from elastic_fit.supervisor.roster import Phase, Profile, Roster
+from elastic_fit.supervisor.roster import Profile
 from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store.generation import Holder, newest_generation, publish_generation
 from elastic_fit.supervisor.view import Bounds
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
     Plan = Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
 
-FOLDER = "membership"
-"""Where in the run folder the nodes agree."""
 BOUND_OF = {"silence": "silence_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
 """What of ``--rdzv-conf`` sets which limit, in seconds."""
 TELL_AFTER_S = 1.0
@@ -69,14 +68,12 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
 
 def _others_run(folder: RunDir, invocation: Invocation) -> bool:
     """Whether a job goes on in this folder: then `--fresh` was the business of the node that began it."""
-    from elastic_fit.launch.introduction import is_anybody_there
+    from elastic_fit.launch.introduction import is_going_on
 
-    if not folder.identity.exists():
+    if not folder.is_run():
         return False
-    name = run_name(invocation, Identity.parse(folder.identity.read_text()))
-    found = arbiter_of(invocation, folder, name).read()
-    roster = Roster.parse(found[1]) if found is not None else None
-    return roster is not None and roster.phase is not Phase.CLOSED and is_anybody_there(roster)
+    name = run_name(invocation, folder.read_identity())
+    return is_going_on(arbiter_of(invocation, folder, name))
 
 
 def run_name(invocation: Invocation, identity: Identity) -> str:
@@ -90,7 +87,7 @@ def arbiter_of(invocation: Invocation, folder: RunDir, name: str) -> Arbiter:
     args = invocation.torchrun
     if args.rdzv_backend in ETCD_BACKENDS:
         return EtcdArbiter.at(args.rdzv_endpoint, name)
-    return FolderArbiter(folder.root / FOLDER)
+    return FolderArbiter(folder.membership)
 
 
 def _is_new(arbiter: Arbiter) -> bool:
@@ -106,8 +103,8 @@ def _bounds(invocation: Invocation) -> Bounds:
 
     args = invocation.torchrun
     least, most = parse_min_max_nnodes(args.nnodes)
-    config = _config(args.rdzv_conf)
-    chosen = {field: float(config[key]) for key, field in BOUND_OF.items() if key in config}
+    config = invocation.rendezvous
+    chosen = {field: config[key] for key, field in BOUND_OF.items() if key in config}
     return Bounds(least=least, most=most, **chosen)
 
 
@@ -148,17 +145,7 @@ class _Node:
             agent.forget_orders()
         finally:
             rendezvous.shutdown()
-        result = agent.tally or self._tally()
-        ledger.write(
-            "finish",
-            code=int(agent.status),
-            steps=result.steps,
-            restarts=result.restarts,
-            repeated=result.repeated,
-            productive_share=round(result.productive_share, 4),
-        )
-        self.console.finish(agent.status, result, ledger_failure=ledger.failure)
-        return agent.status
+        return close(agent.status, agent.tally or self._tally(), ledger, self.console)
 
     def _tally(self) -> Goodput:
         return account(read(self.folder.events))
@@ -171,12 +158,11 @@ class _Node:
         from elastic_fit.launch.membership import ElasticRendezvous
 
         args = self.invocation.torchrun
-        config = _config(args.rdzv_conf)
         name = run_name(self.invocation, self.identity)
         own_traits = traits(self.invocation, self.identity)
         arbiter = arbiter_of(self.invocation, self.folder, name)
         arbiter.check()
-        port = self._port(config, own_traits, arbiter)
+        port = self._port(own_traits, arbiter)
         listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
         links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
         host = (self.invocation.job.node if self.invocation.job else "") or socket.gethostname()
@@ -199,46 +185,33 @@ class _Node:
             take_generation=lambda number: publish_generation(self.folder.generations, number, me),
         )
 
-    def _port(self, config: Mapping[str, str], own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
+    def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
         from elastic_fit.launch.introduction import introduce, is_here, parse_endpoint
 
         args, job = self.invocation.torchrun, self.invocation.job
+        chosen = int(self.invocation.rendezvous.get("port", 0))
         if args.rdzv_endpoint and args.rdzv_backend not in ETCD_BACKENDS:
             endpoint = parse_endpoint(args.rdzv_endpoint)
             here = is_here(endpoint[0])
-        elif job is not None and len(job.nodes) > 1 and "port" not in config:
+        elif job is not None and len(job.nodes) > 1 and not chosen:
             first = job.nodes[0]
             here = job.node == first
             endpoint = (first if here else reachable(first, Controller(job)), job.port)
         else:
-            return int(config.get("port", 0))
+            return chosen
         if here:
             return endpoint[1] if is_free(endpoint[1]) else 0
         introduce(endpoint, own_traits, is_first=_is_new(arbiter), tell=self.console.line)
-        return int(config.get("port", 0))
+        return chosen
 
     def _agent(self, ledger: Ledger, latch: SignalLatch, rendezvous: ElasticRendezvous) -> ClusterAgent:
-        from torch.distributed.elastic.agent.server.api import WorkerSpec
-        from torch.distributed.run import determine_local_world_size
-
-        from elastic_fit.launch.agent import Effects, Limits
+        from elastic_fit.launch.agent import Effects
         from elastic_fit.launch.cluster import ClusterAgent
-        from elastic_fit.launch.planner import program_of
+        from elastic_fit.launch.planner import limits_of, program_of, spec_of
         from elastic_fit.launch.resume import ResumeChooser
         from elastic_fit.supervisor.policy import RestartPolicy
 
-        args = self.invocation.torchrun
-        program = program_of(self.invocation)
-        spec = WorkerSpec(
-            role=args.role,
-            local_world_size=determine_local_world_size(args.nproc_per_node),
-            rdzv_handler=rendezvous,
-            entrypoint=program.target,
-            max_restarts=self.invocation.max_restarts,
-            event_log_handler=args.event_log_handler,
-            virtual_local_rank=args.virtual_local_rank,
-        )
         effects = Effects(
             nursery=self.nursery,
             latch=latch,
@@ -251,12 +224,12 @@ class _Node:
             stop_file=self.invocation.stop_file,
         )
         return ClusterAgent(
-            spec,
-            program,
+            spec_of(self.invocation, rendezvous),
+            program_of(self.invocation),
             effects,
             rendezvous,
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
-            limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
+            limits=limits_of(self.invocation),
             tally=self._tally,
             waiting=self._tell_wait,
             news=self._tell_news,
@@ -311,12 +284,6 @@ def reachable(node: str, controller: Controller) -> str:
         return socket.gethostbyname(node)
     except OSError:
         return controller.address(node)
-
-
-def _config(text: str) -> dict[str, str]:
-    """``--rdzv-conf``: ``silence`` (seconds), ``port``, and torchrun's ``last_call_timeout`` and ``join_timeout``."""
-    pairs = (pair.split("=", 1) for pair in text.split(",") if "=" in pair)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def own_address() -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,7 @@ from torch.distributed.elastic.multiprocessing import Std
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
 from elastic_fit.launch._torchelastic import event_log_handlers
+from elastic_fit.launch.commands import COMMANDS
 from elastic_fit.launch.etcd import ETCD_BACKENDS
 from elastic_fit.launch.slurm import Job
 from elastic_fit.supervisor.context import Settings
@@ -34,6 +36,10 @@ OTHER_HELP = {
     "etcd and etcd-v2: the etcd server at the endpoint.",
     "rdzv_endpoint": "With static and c10d: the node that is asked whether it sees the same run folder, as "
     "<host>[:<port>]; it serves nothing else and may die. With etcd: the server.",
+    "rdzv_conf": "What the nodes go by, as <key>=<number>,...: silence, seconds after which a node that isn't heard is "
+    "lost (4); port, where this node's launcher listens (any); last_call_timeout, seconds for which the start waits "
+    "for one more node (2); join_timeout, seconds for which the minimum of nodes is waited for (600). Other keys of "
+    "torchrun's are let pass.",
 }
 """What torchrun's flags mean here, where that is not what they mean to torchrun."""
 WITHOUT_EFFECT = {
@@ -42,6 +48,10 @@ WITHOUT_EFFECT = {
     "--duplicate-stdout-filters": "duplicate_stdout_filters",
     "--duplicate-stderr-filters": "duplicate_stderr_filters",
 }
+RENDEZVOUS_LIMITS = {"silence": 2.1, "port": 0.0, "last_call_timeout": 0.0, "join_timeout": 0.0}
+"""The keys of ``--rdzv-conf`` that mean something here, and the least of each: a silence spans several beats."""
+ALIKE = 0.75
+"""How much like a flag an unknown one must be (difflib's ratio) to be taken for a slip."""
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -66,6 +76,10 @@ class Invocation:
     force: bool
     without_effect: tuple[str, ...]
     """Flags of torchrun's that were given and that change nothing here."""
+    not_ours: tuple[str, ...]
+    """Flags that only this launcher has, and that go to the script: another flag stands before the script."""
+    rendezvous: Mapping[str, float]
+    """What ``--rdzv-conf`` says of the limits in `RENDEZVOUS_LIMITS`."""
     job: Job | None = None
     """The SLURM job that this launcher is part of."""
     stop_file: Path | None = None
@@ -86,26 +100,37 @@ def _positive(text: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing and leaving."""
+    """Raises instead of printing and leaving, and knows its flags."""
+
+    @property
+    def flags(self) -> Mapping[str, argparse.Action]:
+        """Every spelling of every flag. argparse has no public word for it; ``tests/test_contract_argparse.py``."""
+        return self._option_string_actions
+
+    torchruns: frozenset[str] = frozenset()
+    """Those of them that torchrun has as well."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint="elastic-fit --help lists all flags")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Torchrun's parser with our flags added to it."""
-    parser = get_args_parser()
-    parser.prog = "elastic-fit"
-    parser.usage = "elastic-fit [flags] SCRIPT [...]  |  elastic-fit SCRIPT [flags and the script's own arguments]"
-    parser.description = "Run a PyTorch Lightning script so that failures cost seconds and no work."
-    parser.allow_abbrev = False
-    parser.__class__ = _Parser
-    for action in parser._actions:
-        if action.dest == "max_restarts":
-            action.default = _from_environment("PET_MAX_RESTARTS", DEFAULT_MAX_RESTARTS)
+def build_parser() -> _Parser:
+    """Torchrun's flags and ours."""
+    parser = _Parser(
+        prog="elastic-fit",
+        usage="elastic-fit [flags] SCRIPT [...]  |  elastic-fit SCRIPT [flags and the script's own arguments]",
+        description="Run a PyTorch Lightning script so that failures cost seconds and no work.",
+        epilog=f"Commands: {', '.join(COMMANDS)} (run may be left out); elastic-fit COMMAND --help tells more.",
+        parents=[get_args_parser()],
+        add_help=False,  # it is among torchrun's
+        allow_abbrev=False,
+    )
+    parser.torchruns = frozenset(parser.flags)
+    for action in parser.flags.values():
         action.help = OTHER_HELP.get(action.dest, action.help)
+    parser.set_defaults(max_restarts=_from_environment("PET_MAX_RESTARTS", DEFAULT_MAX_RESTARTS))
     _set_defaults_of_job(parser)
-    _add_ours(parser.add_argument_group("elastic-fit"))
+    _add_ours(parser)
     return parser
 
 
@@ -120,7 +145,9 @@ def _set_defaults_of_job(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**{name: value for name, value in found.items() if f"PET_{name.upper()}" not in os.environ})
 
 
-def _add_ours(group: argparse._ArgumentGroup) -> None:
+def _add_ours(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("elastic-fit")
+
     def add(name: str, **options: object) -> None:
         default = options.pop("default", None)
         variable = ENVIRONMENT_PREFIX + name.strip("-").replace("-", "_").upper()
@@ -158,7 +185,7 @@ def parse(argv: Sequence[str]) -> Invocation:
     if script is None:
         raise UsageError("there is no script to run", hint="elastic-fit [flags] train.py; elastic-fit --help lists all")
     parsed = parser.parse_args([*mine, script])
-    return _checked(parsed, script, rest)
+    return _checked(parsed, script, rest, not_ours=_not_ours(rest, parser) if mine else ())
 
 
 def find_script(argv: Sequence[str]) -> tuple[str, bool]:
@@ -176,7 +203,7 @@ def find_script(argv: Sequence[str]) -> tuple[str, bool]:
     return script, is_module
 
 
-def _split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], str | None, list[str]]:
+def _split(argv: list[str], parser: _Parser) -> tuple[list[str], str | None, list[str]]:
     """The launcher's arguments, the script, and the script's arguments."""
     index, mine = 0, []
     while index < len(argv) and argv[index].startswith("-") and argv[index] != "-":
@@ -196,7 +223,7 @@ def _split(argv: list[str], parser: argparse.ArgumentParser) -> tuple[list[str],
     return _sift(rest, script, parser)
 
 
-def _sift(rest: list[str], script: str, parser: argparse.ArgumentParser) -> tuple[list[str], str, list[str]]:
+def _sift(rest: list[str], script: str, parser: _Parser) -> tuple[list[str], str, list[str]]:
     """Script first: take the launcher's flags out of what follows, up to ``--``."""
     mine: list[str] = []
     script_args: list[str] = []
@@ -214,32 +241,45 @@ def _sift(rest: list[str], script: str, parser: argparse.ArgumentParser) -> tupl
     return mine, script, script_args
 
 
-def _take(argv: Sequence[str], index: int, parser: argparse.ArgumentParser) -> int:
-    """How many arguments the launcher's flag at `index` takes with it; 0 where it isn't one."""
+def _not_ours(rest: Sequence[str], parser: _Parser) -> tuple[str, ...]:
+    """What of the script's own arguments may have been meant for the launcher."""
+    until = rest.index("--") if "--" in rest else len(rest)
+    names = (one.partition("=")[0] for one in rest[:until])
+    return tuple(name for name in names if name in parser.flags and name not in parser.torchruns)
+
+
+def _take(argv: Sequence[str], index: int, parser: _Parser) -> int:
+    """How many arguments the launcher's flag at `index` takes with it; 0 where it isn't one. Raises UsageError."""
     name, has_value, _ = argv[index].partition("=")
-    action = parser._option_string_actions.get(name)
+    action = parser.flags.get(name)
     if action is None and not name.startswith("--") and len(name) > 2:
-        action, has_value = parser._option_string_actions.get(name[:2]), "="  # -t3
+        action, has_value = parser.flags.get(name[:2]), "="  # -t3
     if action is None:
         return 0
-    return 1 if has_value or action.nargs == 0 else 2
+    if has_value or action.nargs == 0:
+        return 1
+    if index + 1 == len(argv):
+        raise UsageError(f"{name} lacks its value", hint="elastic-fit --help lists all flags")
+    return 2
 
 
-def _unknown(flag: str, parser: argparse.ArgumentParser) -> UsageError:
+def _unknown(flag: str, parser: _Parser) -> UsageError:
     name = flag.partition("=")[0]
-    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    begun = [known for known in parser.flags if known.startswith(name)]
+    close = begun or difflib.get_close_matches(name, parser.flags, n=1, cutoff=ALIKE)
     hint = f"did you mean {close[0]}?" if close else "flags of the script go after it; elastic-fit --help lists ours"
     return UsageError(f"unknown flag {name} before the script", hint=hint)
 
 
-def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invocation:
+def _checked(parsed: argparse.Namespace, script: str, rest: list[str], *, not_ours: tuple[str, ...]) -> Invocation:
     _check_nodes(parsed.nnodes)
     _check_backend(parsed.rdzv_backend)
     _check_workers(parsed)
+    config = _rendezvous_config(parsed.rdzv_conf)
     if parsed.module and parsed.no_python:
         raise UsageError("-m and --no-python exclude each other", hint="-m runs a Python module")
     if not parsed.module and not parsed.no_python and not Path(script).is_file():
-        raise UsageError(f"there is no script {script}", hint="give the path of a Python file, or -m and a module")
+        raise UsageError(f"there is no script {script}", hint=_hint_for_missing(script))
     if parsed.max_restarts < 0:
         raise UsageError(f"--max-restarts {parsed.max_restarts} is below zero", hint="0 means no restart at all")
     job = Job.from_environment()
@@ -266,9 +306,18 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str]) -> Invoca
         without_effect=tuple(
             flag for flag, name in WITHOUT_EFFECT.items() if getattr(parsed, name, None) not in (None, [], "")
         ),
+        not_ours=not_ours,
+        rendezvous=config,
         job=job,
         stop_file=Path(parsed.stop_file).absolute() if parsed.stop_file else None,
     )
+
+
+def _hint_for_missing(script: str) -> str:
+    """A word that is neither a path nor a file's name may have been meant as a command."""
+    if script.isidentifier():
+        return f"a command is one of {', '.join(COMMANDS)}; a script is the path of a Python file, such as train.py"
+    return "give the path of a Python file, or -m and a module"
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
@@ -301,6 +350,27 @@ def _check_nodes(text: str) -> None:
 def _check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise UsageError(f"there is no rendezvous backend {name}", hint=f"one of {', '.join(BACKENDS)}")
+
+
+def _rendezvous_config(text: str) -> dict[str, float]:
+    """The numbers in ``--rdzv-conf`` that mean something here; torchrun's other keys are let pass."""
+    numbers: dict[str, float] = {}
+    for pair in filter(None, text.split(",")):
+        key, has_value, value = (part.strip() for part in pair.partition("="))
+        least = RENDEZVOUS_LIMITS.get(key)
+        if not has_value:
+            raise UsageError(f"--rdzv-conf {text}: {pair} is not KEY=VALUE", hint="for example silence=8,port=29500")
+        if least is None:
+            continue
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            numbers[key] = math.nan
+        if not numbers[key] >= least:
+            raise UsageError(
+                f"--rdzv-conf {pair} is not a number from {least:g}", hint="elastic-fit --help explains it"
+            )
+    return numbers
 
 
 def _check_workers(parsed: argparse.Namespace) -> None:

@@ -1,18 +1,22 @@
-"""What each worker is started with: arguments, environment, logs."""
+"""What this node's workers are, and what each is started with: arguments, environment, logs."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch.distributed.elastic.agent.server.api import Worker
+from torch.distributed.elastic.agent.server.api import Worker, WorkerSpec
 from torch.distributed.elastic.multiprocessing import Std
 from torch.distributed.elastic.multiprocessing.api import to_map
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler
+from torch.distributed.run import determine_local_world_size
 
 from elastic_fit.launch._torchelastic import TorchelasticAgent
+from elastic_fit.launch.agent import Limits
 from elastic_fit.launch.attempt import BOARD_PATH, Program, WorkerPlan
 from elastic_fit.launch.streams import Route
 from elastic_fit.supervisor.context import ENVIRONMENT_VARIABLE, ResumePoint, WorkerContext
@@ -35,6 +39,27 @@ def program_of(invocation: Invocation) -> Program:
         cwd=os.getcwd(),
         fresh_interpreter=not invocation.warm or "PYTHON_EXEC" in os.environ,
     )
+
+
+def spec_of(invocation: Invocation, rendezvous: RendezvousHandler) -> WorkerSpec:
+    """This node's workers, in torchelastic's words."""
+    args = invocation.torchrun
+    return WorkerSpec(
+        role=args.role,
+        local_world_size=determine_local_world_size(args.nproc_per_node),
+        rdzv_handler=rendezvous,
+        entrypoint=invocation.script,
+        max_restarts=invocation.max_restarts,
+        event_log_handler=args.event_log_handler,
+        virtual_local_rank=args.virtual_local_rank,
+    )
+
+
+def limits_of(invocation: Invocation) -> Limits:
+    """How long the command line lets things take."""
+    limits = Limits(grace_s=invocation.settings.grace_s)
+    given = invocation.torchrun.shutdown_timeout
+    return replace(limits, shutdown_s=float(given)) if given else limits
 
 
 class Planner:

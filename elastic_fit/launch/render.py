@@ -61,7 +61,9 @@ class Console:
             _send_nowhere(file)  # nobody is reading any more; the training goes on
 
     def settle(self) -> None:
-        """Write out what others, such as a logger, have left in the streams' buffers, if anybody still reads it."""
+        """The last thing: leave a terminal in order, and write out what others, such as a logger, have buffered."""
+        if self._is_terminal:
+            self._err.write("\x1b[?25h")  # the cursor, which a killed worker's progress bar had hidden
         for file in (self._out, self._err):
             try:
                 file.flush()
@@ -107,7 +109,8 @@ class Console:
         self.line(f"budget   {invocation.max_restarts} restarts without progress, then the run ends")
         self.line(f"store    {folder.checkpoints} (generation {generation}, {save_text(invocation)})")
         self.line(f"logs     {logs}")
-        self.line(f"watch    tail -f {folder.events}   elastic-fit ls {folder.root}")
+        events, root = (shlex.quote(str(path)) for path in (folder.events, folder.root))
+        self.line(f"watch    tail -f {events}   elastic-fit ls {root}")
 
     def plan(self, invocation: Invocation, folder: RunDir, resume: Sequence[ResumePoint]) -> None:
         """What `--dry-run` shows."""
@@ -125,8 +128,8 @@ class Console:
     def failed(self, root: WorkerFailure, decision: Restart | GiveUp, *, reached: int, resume: int) -> None:
         """A worker has failed: root cause, decision, loss, hint."""
         is_above = root.shown and self._shows_workers
-        where = " (its traceback is above)" if is_above else ""
-        self.line(f"rank {root.rank} (pid {root.pid}) failed first: {root.cause}{where}", style="31")
+        where = ", its traceback is above" if is_above else ""
+        self.line(f"rank {root.rank} (pid {root.pid}) failed first{where}: {root.cause}", style="31")
         for text in () if is_above else root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
             self._print(f"  {text}", file=self._err)
         lost = max(0, reached - resume)

@@ -15,13 +15,6 @@ STORE_TIMEOUT = timedelta(minutes=5)
 LOOPBACK = "127.0.0.1"
 
 
-def host_store(port: int = 0) -> TCPStore:
-    """A new store, served by this process on a free port (or on `port`)."""
-    return TCPStore(
-        "0.0.0.0" if port == 0 else LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT
-    )
-
-
 class SoloRendezvous(RendezvousHandler):
     """The rendezvous of a job that has one node: always complete, always fresh.
 

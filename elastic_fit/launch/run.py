@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from elastic_fit.launch.closing import close
 from elastic_fit.launch.resume import ResumeChooser
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.errors import UsageError
@@ -38,6 +39,8 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     folder = RunDir(invocation.run_dir.resolve())
     for flag in invocation.without_effect:
         console.line(f"{flag} has no effect under elastic-fit")
+    for flag in invocation.not_ours:
+        console.line(f"{flag} goes to the script: with a flag before the script, ours have to stand there, too")
     if invocation.dry_run:
         console.plan(invocation, folder, _would_resume(invocation, folder, console))
         return Status.FINISHED
@@ -107,39 +110,16 @@ class _Launch:
             agent = self._agent(ledger, chooser, latch, planner)
             agent.run()
             agent.forget_orders()
-        result = account(read(self.folder.events))
-        ledger.write(
-            "finish",
-            code=int(agent.status),
-            steps=result.steps,
-            restarts=result.restarts,
-            repeated=result.repeated,
-            productive_share=round(result.productive_share, 4),
-        )
-        self.console.finish(agent.status, result, ledger_failure=ledger.failure)
-        return agent.status
+        return close(agent.status, account(read(self.folder.events)), ledger, self.console)
 
     def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch, planner: Planner) -> ElasticAgent:
-        from torch.distributed.elastic.agent.server.api import WorkerSpec
-        from torch.distributed.run import determine_local_world_size
-
-        from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
-        from elastic_fit.launch.planner import program_of
+        from elastic_fit.launch.agent import Effects, ElasticAgent
+        from elastic_fit.launch.planner import limits_of, program_of, spec_of
         from elastic_fit.launch.rendezvous import SoloRendezvous
         from elastic_fit.supervisor.policy import RestartPolicy
 
         args = self.invocation.torchrun
-        program = program_of(self.invocation)
         name = args.rdzv_id if args.rdzv_id not in ("none", "") else self.identity.run_id
-        spec = WorkerSpec(
-            role=args.role,
-            local_world_size=determine_local_world_size(args.nproc_per_node),
-            rdzv_handler=SoloRendezvous(name, port=args.master_port or 0),
-            entrypoint=program.target,
-            max_restarts=self.invocation.max_restarts,
-            event_log_handler=args.event_log_handler,
-            virtual_local_rank=args.virtual_local_rank,
-        )
         effects = Effects(
             nursery=self.nursery,
             latch=latch,
@@ -151,9 +131,9 @@ class _Launch:
             stop_file=self.invocation.stop_file,
         )
         return ElasticAgent(
-            spec,
-            program,
+            spec_of(self.invocation, SoloRendezvous(name, port=args.master_port or 0)),
+            program_of(self.invocation),
             effects,
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
-            limits=Limits(grace_s=self.invocation.settings.grace_s, shutdown_s=float(args.shutdown_timeout or 30)),
+            limits=limits_of(self.invocation),
         )

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+from elastic_fit.supervisor.errors import UsageError
+
 MOST_WAITING = 10_000
 """Events that wait in memory for a disk that can't take them; beyond that the oldest go."""
 
@@ -101,7 +102,8 @@ class Ledger:
 def read(path: Path) -> list[Event]:
     """All events of a ledger, in the order written; none where the file is missing.
 
-    A line that is not whole (its writer died, or two hosts appended at once over NFS) is left out.
+    A line that is not whole (its writer died, or two hosts appended at once over NFS) is left out. Raises UsageError
+    where the caller may not read it.
     """
     return list(_parse(path))
 
@@ -111,6 +113,8 @@ def _parse(path: Path) -> Iterator[Event]:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return
+    except PermissionError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}", hint="ask the owner of the run") from error
     for line in lines:
         try:
             record = json.loads(line)

@@ -62,6 +62,11 @@ class RunDir:
         return self.root / "generations"
 
     @property
+    def membership(self) -> Path:
+        """The folder in which the nodes of a job agree."""
+        return self.root / "membership"
+
+    @property
     def logs(self) -> Path:
         """The folder of logs: ``<generation>-<attempt>/rank<R>.{out,err}``."""
         return self.root / "logs"
@@ -70,6 +75,15 @@ class RunDir:
     def jobs(self) -> Path:
         """The folder of marks that a scheduler's jobs leave: who did what of the things that are done once."""
         return self.root / "jobs"
+
+    def is_run(self) -> bool:
+        """Whether a run has been started here. Raises UsageError where that can't be looked at."""
+        try:
+            return self.identity.exists()
+        except PermissionError as error:
+            raise UsageError(
+                f"the run folder {self.root} can't be read: {error.strerror}", hint="ask its owner, or for another one"
+            ) from error
 
     def create(self, *, command: list[str], run_id: str = "") -> Identity:
         """Make the folder, or take the one that is there; returns who the run is.
@@ -87,12 +101,22 @@ class RunDir:
                 _publish(self.identity, Identity(command=command, run_id=run_id or _new_run_id()))
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable", str(self.root))
-            return Identity.parse(self.identity.read_text())
+            return self.read_identity()
         except OSError as error:
             is_wrong_folder = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
             raise (UsageError if is_wrong_folder else StorageError)(
                 f"the run folder {self.root} can't be used: {error.strerror or error}",
                 hint="give another one with --run-dir, or mend its permissions",
+            ) from error
+
+    def read_identity(self) -> Identity:
+        """Who the run is. Raises OSError where its file can't be read, StorageError where it makes no sense."""
+        try:
+            return Identity.parse(self.identity.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{self.identity} is not readable: {error}",
+                hint="start over with --fresh, or take another folder with --run-dir",
             ) from error
 
     def set_aside(self) -> Path | None:
@@ -123,12 +147,11 @@ class Identity:
 
     @classmethod
     def parse(cls, text: str) -> Identity:
-        """From the text of ``run.json``. Raises StorageError where it isn't one."""
-        try:
-            record: dict[str, Any] = json.loads(text)
-            return cls(run_id=str(record["run_id"]), command=list(record["command"]), created=float(record["created"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"run.json is not readable: {error}", hint="start over with --fresh") from error
+        """From the text of ``run.json``. Raises ValueError, KeyError or TypeError where it isn't one."""
+        record: dict[str, Any] = json.loads(text)
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"another version of elastic-fit wrote it (schema {record['schema_version']})")
+        return cls(run_id=str(record["run_id"]), command=list(record["command"]), created=float(record["created"]))
 
 
 def _publish(path: Path, identity: Identity) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from elastic_fit import ElasticFitError
-from elastic_fit.supervisor.store import CheckpointStore, Facts
+from elastic_fit.launch import cli
+from elastic_fit.supervisor.ledger import Ledger
+from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store import CheckpointStore, Facts, hold
+
+WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+"""Root's own shells may read everything; what runs behind this may not."""
 
 
 def elastic_fit(*argv: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -137,13 +144,96 @@ def test_errors_keep_their_fields_when_they_are_pickled() -> None:
     assert (again.message, again.hint, str(again)) == ("what happened", "what to do", "what happened")
 
 
+def test_a_run_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    RunDir(tmp_path / "run").create(command=["test"])
+    identity = tmp_path / "run" / "run.json"
+    identity.write_text(identity.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    done = elastic_fit("train.py", "--run-dir", "run", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 74
+    assert "run/run.json is not readable: another version of elastic-fit wrote it (schema 2)" in done.stderr
+    assert "--fresh" in done.stderr
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_what_the_first_lines_say_can_be_pasted_into_a_shell_wherever_the_run_is(tmp_path: Path) -> None:
+    (tmp_path / "my script.py").write_text("open('ran', 'w')\n")
+    done = elastic_fit("my script.py", "--run-dir", "mes éssais/☃ 1", "--no-warm", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").exists()
+    run = tmp_path / "mes éssais" / "☃ 1"
+    words = shlex.split(next(line for line in done.stderr.splitlines() if "watch" in line))
+    assert words[2:] == ["tail", "-f", str(run / "events.jsonl"), "elastic-fit", "ls", str(run)]
+    listed = elastic_fit("ls", words[-1], cwd=tmp_path)
+    assert (listed.returncode, listed.stderr) == (0, "elastic-fit: there are no checkpoints yet\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("slurm", "no script to run"),
+        ("diff nowhere here", "nowhere is not a run folder"),
+        ("diff here here", "here has no trace"),
+        ("prune here --keep 0 --dry-run", "--keep 0 must be more than 0"),
+        ("stop nowhere", "nowhere is not a run folder"),
+        ("ls", "RUN_DIR"),
+    ],
+)
+def test_a_mistake_in_any_command_is_two_lines_and_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDir(Path("here")).create(command=["test"])
+    Path("nowhere").mkdir()
+    assert cli.main(line.split()) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [one.split(": ")[1] for one in told] == ["error", "hint"]
+    assert said in told[0]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("command", "closed", "code"),
+    [
+        ("ls", "run", 2),
+        ("verify", "run", 2),
+        ("prune --keep 1 --dry-run", "run", 2),
+        ("stop", "run", 2),
+        ("stop", "run/events.jsonl", 2),
+        ("ls", "run/checkpoints", 74),
+        ("prune --keep 1 --dry-run", "run/checkpoints", 74),
+        ("prune --keep 1 --yes", "run/lock", 74),
+    ],
+)
+def test_a_run_of_somebody_else_that_one_may_not_read_is_no_bug_of_ours(
+    tmp_path: Path, command: str, closed: str, code: int
+) -> None:
+    folder = RunDir(tmp_path / "run")
+    folder.create(command=["test"])
+    hold(folder).release()
+    Ledger(folder.events).write("generation")
+    (tmp_path / closed).chmod(0o000)
+    try:
+        done = subprocess.run(
+            [*WITHOUT_OVERRIDE, sys.executable, "-m", "elastic_fit", *command.split(), "run"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        (tmp_path / closed).chmod(0o700)
+    assert done.returncode == code, done.stderr
+    assert closed in done.stderr
+    assert "Permission denied" in done.stderr
+    assert "hint" in done.stderr
+
+
 @pytest.mark.system
 def test_a_run_folder_that_one_may_not_read_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
     (tmp_path / "theirs").mkdir(mode=0o000)
-    without_override = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     done = subprocess.run(
-        [*without_override, sys.executable, "-m", "elastic_fit", "train.py", "--run-dir", "theirs/run", "--no-warm"],
+        [*WITHOUT_OVERRIDE, sys.executable, "-m", "elastic_fit", "train.py", "--run-dir", "theirs/run", "--no-warm"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -85,7 +85,15 @@ def test_a_module(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "--nproc 2 train.py": "unknown flag --nproc",
+    "--nproc 2 train.py": "did you mean --nproc-per-node?",
+    "--wrong train.py": "flags of the script go after it",
+    "status": "a command is one of run, ls, verify",
+    "train.py --nnodes": "--nnodes lacks its value",
+    "--nproc-per-node 2 --keep": "--keep lacks its value",
+    "--nnodes 1:2 --rdzv-conf silence train.py": "silence is not KEY=VALUE",
+    "--nnodes 1:2 --rdzv-conf silence=long train.py": "silence=long is not a number from 2.1",
+    "--nnodes 1:2 --rdzv-conf silence=1,port=29500 train.py": "silence=1 is not a number from 2.1",
+    "--nnodes 1:2 --rdzv-conf port=http train.py": "port=http is not a number from 0",
     "--chekpoint-steps 5 train.py": "did you mean --checkpoint-steps",
     "missing.py": "there is no script missing.py",
     "--nnodes 4:1 train.py": "--nnodes 4:1",
@@ -121,6 +129,24 @@ def test_help_says_that_c10d_is_the_run_folder_and_what_the_endpoint_is_asked() 
     told = " ".join(build_parser().format_help().split())
     assert "static (the default) and c10d: the run folder" in told
     assert "With static and c10d: the node that is asked whether it sees the same run folder" in told
+
+
+def test_help_says_what_the_rendezvous_can_be_told() -> None:
+    told = " ".join(build_parser().format_help().split())
+    for key in ("silence", "port", "last_call_timeout", "join_timeout"):
+        assert f"{key}, " in told
+
+
+def test_what_the_rendezvous_is_told_and_torchruns_other_keys() -> None:
+    parsed = parse(["--rdzv-conf", "timeout=9,silence=8, port=29500,is_host=true", "--nnodes", "1:2", "train.py"])
+    assert parsed.rendezvous == {"silence": 8.0, "port": 29500.0}
+
+
+def test_our_flags_that_the_script_gets_because_another_stands_before_it_are_named() -> None:
+    assert parse(["--keep", "5", "train.py", "--dry-run", "--nnodes", "2"]).not_ours == ("--dry-run",)
+    assert parse(["--keep", "5", "train.py", "--", "--dry-run"]).not_ours == ()
+    assert parse(["--nnodes", "1", "train.py", "--lr", "1", "--role", "x"]).not_ours == ()
+    assert parse(["train.py", "--dry-run", "--keep", "5"]).not_ours == ()
 
 
 def test_flags_of_torchruns_that_change_nothing_here_are_named() -> None:

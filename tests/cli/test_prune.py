@@ -17,6 +17,7 @@ from elastic_fit.launch.commands import ls, prune, verify
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts, hold, latest_valid, open_store
+from tests.launching import Elastic
 
 
 @pytest.fixture
@@ -51,6 +52,30 @@ def cpu_seconds_of_children() -> float:
 
 def left(folder: Path) -> list[int]:
     return sorted(one.manifest.step for one in open_store(folder).committed())
+
+
+def test_a_job_of_several_nodes_that_goes_on_is_refused_and_pruned_once_it_has_ended(
+    elastic: Elastic, tmp_path: Path
+) -> None:
+    prune_it = f"[{sys.executable!r}, '-m', 'elastic_fit', 'prune', {str(tmp_path / 'run')!r}, '--keep', '1', '--yes']"
+    outcome = elastic(
+        f"""
+        import subprocess
+        (HERE / 'run' / 'checkpoints' / 'fit-1').mkdir()
+        (HERE / 'run' / 'checkpoints' / 'fit-1' / '.step=7.ckpt.tmp-1-99-abcd').write_bytes(b'half')
+        done = subprocess.run({prune_it}, capture_output=True, text=True)
+        note('prune', f'{{done.returncode}}{{done.stderr}}')
+        """,
+        "--nnodes",
+        "1:2",
+        workers=1,
+    )
+    assert outcome.code == 0
+    assert " ".join(outcome.notes("prune")).startswith("74elastic-fit: error: the run")
+    half = outcome.run / "checkpoints" / "fit-1" / ".step=7.ckpt.tmp-1-99-abcd"
+    assert half.exists()
+    assert call(prune, str(outcome.run), "--keep", "1", "--yes")[0] == 0
+    assert not half.exists()
 
 
 def test_a_dry_run_shows_what_would_go_and_touches_nothing(run: RunDir) -> None:

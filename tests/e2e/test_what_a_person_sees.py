@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch import cli
 from elastic_fit.launch.parser import parse
 from elastic_fit.launch.render import Console
 from elastic_fit.launch.run import launch
@@ -31,6 +33,17 @@ def on_one_console(nursery: Nursery, tmp_path: Path, capfd: pytest.CaptureFixtur
     return run
 
 
+def test_the_cursor_that_a_killed_workers_bar_had_hidden_is_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert cli.main(["ls", "nowhere"]) == 2
+    assert terminal.getvalue().endswith("\x1b[?25h")
+
+
 @pytest.mark.parametrize("nodes", ["1", "1:2"])
 def test_the_traceback_of_a_worker_that_fails_alone_is_shown_once(
     on_one_console: Callable[..., str], nodes: str
@@ -39,7 +52,7 @@ def test_the_traceback_of_a_worker_that_fails_alone_is_shown_once(
     assert seen.count("Traceback") == 1
     lines = seen.splitlines()
     where = next(line for line in lines if "rank 0 (pid" in line)
-    assert where.endswith(f"failed first: {LAST_LINE} (its traceback is above)")
+    assert where.endswith(f"failed first, its traceback is above: {LAST_LINE}")
     assert lines.index(LAST_LINE) < lines.index(where)
 
 

@@ -75,7 +75,10 @@ def first_difference(mine: dict[tuple[int, int], Event], others: dict[tuple[int,
 
 
 def _steps(path: Path) -> dict[tuple[int, int], Event]:
-    steps = {(int(event["fit"]), int(event["step"])): event for event in read(RunDir(path).trace)}
+    folder = RunDir(path)
+    if not folder.is_run():
+        raise UsageError(f"{path} is not a run folder", hint="elastic-fit diff RUN_A RUN_B")
+    steps = {(int(event["fit"]), int(event["step"])): event for event in read(folder.trace)}
     if not steps:
         raise UsageError(f"{path} has no trace", hint="run it with --trace-steps")
     return steps

@@ -33,6 +33,8 @@ def main(argv: Sequence[str], console: Console) -> int:
 def show(listed: Sequence[Listed], console: Console) -> None:
     """The table."""
     console.table(COLUMNS, [row(one) for one in listed])
+    if not listed:
+        console.line("there are no checkpoints yet")
 
 
 def row(one: Listed) -> tuple[str, ...]:

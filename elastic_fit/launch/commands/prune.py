@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 COLUMNS = ("step", "kind", "size", "what", "why", "path")
+HOW = "--keep 3, --every-steps 1000, --every-hours 6, --best val_loss; several add up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,7 @@ def policy_of(args: argparse.Namespace) -> Retention:
     for name in ("keep", "every_steps", "every_hours"):
         number = getattr(args, name)
         if number is not None and number <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {number:g} must be more than 0")
+            raise UsageError(f"--{name.replace('_', '-')} {number:g} must be more than 0", hint=HOW)
     policies: list[Retention] = [_best(text) for text in args.best or ()]
     if args.keep:
         policies.append(LastN(args.keep))
@@ -114,8 +115,7 @@ def policy_of(args: argparse.Namespace) -> Retention:
     if args.every_hours:
         policies.append(EveryHours(args.every_hours))
     if not policies:
-        hint = "--keep 3, --every-steps 1000, --every-hours 6, --best val_loss; several add up"
-        raise UsageError("nothing says what is to stay", hint=hint)
+        raise UsageError("nothing says what is to stay", hint=HOW)
     return AnyOf(tuple(policies))
 
 
@@ -144,16 +144,36 @@ def _held(place: str, *, really: bool) -> Iterator[int]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunIsHeld(f"the run {folder.root} is going on", hint="--dry-run works; prune when it has ended") from None
+        raise _is_held(folder) from None
+    except OSError as error:
+        raise StorageError(
+            f"can't take {folder.lock}: {error.strerror or error}", hint="mend the permissions of the run folder"
+        ) from error
     try:
+        if _has_nodes(folder):
+            raise _is_held(folder)
         yield newest_generation(folder.generations) + 1
     finally:
         lock.release()
 
 
+def _is_held(folder: RunDir) -> RunIsHeld:
+    return RunIsHeld(f"the run {folder.root} is going on", hint="--dry-run works; prune when it has ended")
+
+
+def _has_nodes(folder: RunDir) -> bool:
+    """Whether a job of several nodes goes on there: its members, and no lock, hold the run."""
+    if not folder.membership.is_dir():
+        return False
+    from elastic_fit.launch.arbiter import FolderArbiter
+    from elastic_fit.launch.introduction import is_going_on
+
+    return is_going_on(FolderArbiter(folder.membership))
+
+
 def _run_of(path: Path) -> RunDir | None:
     """The run that a folder belongs to."""
-    return next((run for one in (path, *path.parents) if (run := RunDir(one)).identity.exists()), None)
+    return next((run for one in (path, *path.parents) if (run := RunDir(one)).is_run()), None)
 
 
 def plan(store: CheckpointStore, policy: Retention) -> list[Planned]:

@@ -55,7 +55,7 @@ exec srun --ntasks-per-node=1 {"--no-kill " if batch.is_elastic else ""}--kill-o
 
 def main(argv: Sequence[str], console: Console) -> int:
     """Print the script, or submit it; returns 0."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
         console.text(_parser().format_help())
         return 0
     own, batch = plan(argv)

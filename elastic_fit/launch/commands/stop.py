@@ -51,7 +51,7 @@ def main(argv: Sequence[str], console: Console) -> int:
     parser.add_argument("--json", action="store_true", help="print data instead of lines")
     args = parser.parse_args(argv)
     folder = RunDir(args.run_dir)
-    if not folder.identity.exists():
+    if not folder.is_run():
         raise UsageError(f"{args.run_dir} is not a run folder", hint="elastic-fit stop RUN_DIR")
     told = stop(folder, save=args.save, wait=args.wait)
     if args.json:
@@ -66,7 +66,12 @@ def stop(folder: RunDir, *, save: bool, wait: bool, pause: Callable[[float], Non
     if not is_running(read(folder.events)):
         return Told(state="not running")
     order = Order.by_this_user(save=save)
-    order.leave(folder.stop_order)
+    try:
+        order.leave(folder.stop_order)
+    except PermissionError as error:
+        raise UsageError(
+            f"can't leave the order in {folder.root}: {error.strerror}", hint="signal the launcher, or ask its owner"
+        ) from error
     began = time.monotonic()
     limit_s = ANSWER_S
     while time.monotonic() - began < limit_s:

@@ -17,6 +17,8 @@ from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.trust import check_folder
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
+READABLE = "look at its permissions, and at the disk"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -130,7 +132,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise StorageError(f"can't read {self.root}: {error.strerror}") from error
+            raise StorageError(f"can't read {self.root}: {error.strerror}", hint=READABLE) from error
         names = set()
         for entry in entries:
             if entry.name.startswith(".") or entry.is_symlink():
@@ -204,14 +206,14 @@ class CheckpointStore:
         try:
             return leftovers.sweep(self.root, self._disk, self._fence, self.generation)
         except OSError as error:
-            raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
+            raise StorageError(f"can't read {self.root}: {error.strerror or error}", hint=READABLE) from error
 
     def leftovers(self) -> list[str]:
         """What a `sweep` would deal with. Raises StorageError where the folder can't be read."""
         try:
             return leftovers.found(self.root, self.generation)
         except OSError as error:
-            raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
+            raise StorageError(f"can't read {self.root}: {error.strerror or error}", hint=READABLE) from error
 
 
 def _order(verdict: Verdict) -> tuple[int, int, bool]:
