@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import Holder
+from elastic_fit.supervisor.store import Holder, commit, stream
 from elastic_fit.supervisor.store.generation import take_generation
+from tests.store import stories
 from tests.store.aftermath import Tally
 from tests.store.disks import CountingDisk, Killed
-from tests.store.stories import STORIES, store_in
+from tests.store.stories import STORIES, Story, store_in
 
 pytestmark = pytest.mark.system
 
@@ -89,24 +90,49 @@ def system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileSyste
 @pytest.mark.parametrize("flags", [NOTHING_FLUSHED, JOURNAL_FLUSHED], ids=["nothing flushed", "journal flushed"])
 @pytest.mark.parametrize("name", STORIES)
 def test_a_power_cut_at_every_operation_loses_nothing(name: str, flags: int, system: FileSystem, tally: Tally) -> None:
-    story = STORIES[name]
+    cut_everywhere(STORIES[name], flags, system, tally)
+
+
+@pytest.mark.parametrize("flags", [NOTHING_FLUSHED, JOURNAL_FLUSHED], ids=["nothing flushed", "journal flushed"])
+def test_a_power_cut_at_every_write_of_a_file_of_several_buffers_loses_nothing(
+    flags: int, system: FileSystem, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of it is on the disk by then: each buffer is sent there as soon as it is full. Here buffers are small."""
+    for module in (stream, commit):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(stream, "PIECE_BYTES", 16 << 10)
+    monkeypatch.setattr(stories, "PIECE", 50_000)
+    story = STORIES["a file in place of another"]
+    done = cut_everywhere(story, flags, system, tally)
+    assert done.count("write") > 9
+
+
+def cut_everywhere(story: Story, flags: int, system: FileSystem, tally: Tally) -> list[str]:
+    """Cut the power before each operation of the story's act, and after the last one; returns the operations."""
     whole = CountingDisk()
     story.prepare(store_in(system.root / "whole"))
     story.act(store_in(system.root / "whole", whole))
-    for number in range(1, len(whole.done) + 2):
-        folder = system.root / str(number)
-        story.prepare(store_in(folder))
-        acknowledged = False
-        try:
-            story.act(store_in(folder, PowerCutAt(number, system, flags)))
-            acknowledged = True
-            system.cut(flags)
-        except Killed:
-            pass
-        system.come_back()
-        tally.survive(story, folder, acknowledged=acknowledged)
-        shutil.rmtree(folder)
-    assert acknowledged, "the last cut comes right after the acknowledgement"
+    for number in range(1, len(whole.done) + 1):
+        assert not is_acknowledged(story, number, flags, system, tally)
+    assert is_acknowledged(story, len(whole.done) + 1, flags, system, tally)
+    return whole.done
+
+
+def is_acknowledged(story: Story, number: int, flags: int, system: FileSystem, tally: Tally) -> bool:
+    """Whether it was before the power went, at operation `number`; afterwards what has to be true then is true."""
+    folder = system.root / str(number)
+    story.prepare(store_in(folder))
+    acknowledged = False
+    try:
+        story.act(store_in(folder, PowerCutAt(number, system, flags)))
+        acknowledged = True
+        system.cut(flags)
+    except Killed:
+        pass
+    system.come_back()
+    tally.survive(story, folder, acknowledged=acknowledged)
+    shutil.rmtree(folder)
+    return acknowledged
 
 
 def test_a_generation_outlives_a_power_cut(system: FileSystem) -> None:
