@@ -19,21 +19,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import xxhash
-from torch.distributed.checkpoint.api import CheckpointException
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.collective import gather, is_saving_alone
 from elastic_fit.callbacks.position import DataPosition
+from elastic_fit.callbacks.shards import write_together
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import (
     CheckpointStore,
     Facts,
     FencedOff,
-    FileEntry,
     SaveFailed,
-    Staged,
     is_remote,
     open_store,
 )
@@ -41,7 +38,6 @@ from elastic_fit.supervisor.store import (
 log = logging.getLogger("elastic_fit")
 
 _WRAPPED = "_elastic_fit_seals"
-META_TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,42 +125,14 @@ class Seals:
     def _write_together(
         self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, facts: Facts, storage_options: Any | None
     ) -> int:
-        """All ranks write into one staged place; rank 0 gathers the digests and commits."""
-        strategy = self._trainer.strategy
-        finite = is_finite(checkpoint) if self.finite_check else None
-        staged, refusal = _begin(store, name) if self._trainer.is_global_zero else (None, None)
-        where, refusal = strategy.broadcast((str(staged.path) if staged else None, refusal))
-        if refusal is not None:
-            raise refusal
-        path = Path(str(where))
-        mine = staged or store.join(name, path)
-        problem: BaseException | None = None
-        entries: tuple[FileEntry, ...] = ()
-        try:
-            with _lightning.shards_written_to(str(path), lambda shard: mine.open_part(os.path.relpath(shard, path))):
-                self._save(checkpoint, str(path), storage_options=storage_options)
-            entries = tuple(_final_name(entry) for entry in mine.digests())
-        except (OSError, RuntimeError, CheckpointException) as failure:
-            problem = failure
-        refused = _refusal(problem, mine) if problem else None
-        # Also what isn't the disk's doing: a part that one rank has left out must never be committed by another.
-        reports = gather((entries, refused or (repr(problem) if problem else None), finite))
-        failures = [f"rank {rank}: {one[1]}" for rank, one in enumerate(reports) if one[1]]
-        outcome = 0
-        try:
-            if problem is not None and refused is None:
-                raise problem
-            if failures:
-                raise StorageError(f"could not write {store.root / name}: {'; '.join(failures)}") from problem
-            if staged is not None:
-                whole = all(one[2] for one in reports) if finite is not None else None
-                others = [entry for one in reports for entry in one[0]]
-                outcome = _commit_folder(staged, others, replace(facts, finite=whole))
-        finally:
-            if staged is not None:
-                staged.discard()
-            strategy.barrier("elastic_fit.seal")
-        return outcome
+        if self.finite_check:
+            facts = replace(facts, finite=all(gather(is_finite(checkpoint))))
+
+        def write(path: str) -> None:
+            # A copy: strategies take out what they write as shards, and it may have to be written again.
+            self._save(dict(checkpoint), path, storage_options=storage_options)
+
+        return write_together(self._trainer, write, store, name, facts)
 
     def _told(self, store: CheckpointStore, name: str, facts: Facts, began: float, write: Callable[[], int]) -> None:
         """Run a save and tell the ledger and the log what came of it."""
@@ -351,51 +319,3 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         versions={"torch": torch.__version__, "lightning": pl.__version__},
         extra=extra,
     )
-
-
-def _begin(store: CheckpointStore, name: str) -> tuple[Staged | None, StorageError | None]:
-    """What is staged, or why not: the other ranks have to hear of either."""
-    try:
-        return store.stage(name), None
-    except StorageError as error:
-        return None, error
-
-
-def _refusal(problem: BaseException, staged: Staged) -> str | None:
-    """What the disk said, if that is what stopped a save of shards; None where it is something else.
-
-    Torch's zip writer and torch.distributed.checkpoint hide it: the one behind a RuntimeError, the other behind an
-    exception that all ranks get.
-    """
-    if isinstance(problem, OSError):
-        return problem.strerror or str(problem)
-    if staged.failure is not None:
-        return staged.failure.strerror or str(staged.failure)
-    return "the zip writer failed" if "inline_container" in str(problem) else None
-
-
-def _commit_folder(staged: Staged, others: list[FileEntry], facts: Facts) -> int:
-    """Commit what all ranks have written; what was written around our streams is digested from disk."""
-    mine = {entry.path for entry in others}
-    extra = [
-        _digest(path, path.relative_to(staged.path).as_posix())
-        for path in sorted(staged.path.rglob("*"))
-        if path.is_file() and path.relative_to(staged.path).as_posix() not in mine
-    ]
-    if staged.path.is_file():
-        extra = [_digest(staged.path, "")]
-    return staged.commit_entries(facts, (*others, *extra)).manifest.total_bytes
-
-
-def _digest(path: Path, relative: str) -> FileEntry:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(4 << 20):
-            digest.update(chunk)
-        os.fsync(file.fileno())
-    return FileEntry(path=relative, size=path.stat().st_size, digest=digest.hexdigest())
-
-
-def _final_name(entry: FileEntry) -> FileEntry:
-    """The writer of shards gives its metadata file its name by rename, after it has closed it."""
-    return replace(entry, path=entry.path.removesuffix(META_TEMPORARY))

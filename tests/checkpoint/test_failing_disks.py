@@ -137,15 +137,95 @@ trainer(folder, checkpoint, max_epochs=1, max_steps=2, devices=2, strategy=strat
 """
 
 
-def test_what_one_rank_could_not_write_is_not_committed_by_another(tmp_path: Path) -> None:
+SHARDS = """
+import errno
+import os
+import sys
+from pathlib import Path
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from elastic_fit import ElasticCheckpoint
+from elastic_fit.callbacks.seal import Seals
+from elastic_fit.supervisor.store import CheckpointStore
+from tests.checkpoint.models import Line, trainer
+from tests.store.disks import CountingDisk
+
+PLAN = {
+    1: (0, "create", errno.EIO),
+    2: (0, "write", errno.EIO),
+    3: (0, "sync", errno.EIO),
+    4: (0, "rename", errno.EIO),
+    5: (1, "create", errno.EIO),
+    6: (1, "write", errno.EIO),
+    7: (1, "sync", errno.EIO),
+    9: (1, "write", errno.ENOSPC),
+    10: (0, "rename", errno.ENOSPC),
+}
+RANK = int(os.environ["LOCAL_RANK"])
+
+class Failing(CountingDisk):
+    def before(self, number, operation):
+        rank, planned, error = PLAN.get(training.global_step, (None, None, 0))
+        if rank == RANK and planned == operation:
+            del PLAN[training.global_step]
+            raise OSError(error, os.strerror(error))
+
+class Checkpoint(ElasticCheckpoint):
+    def _make_store(self, root):
+        return CheckpointStore(root, disk=Failing())
+
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
+        print(trainer.global_step, Seals.of(trainer).last_failure or "saved", flush=True)
+
+class Sharded(Line):
+    def configure_model(self):
+        self.layer = torch.nn.Linear(4, 4)
+        fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+folder = Path(sys.argv[1])
+checkpoint = Checkpoint(dirpath=folder, every_n_train_steps=1, keep=99)
+strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+training = trainer(folder, checkpoint, max_epochs=3, max_steps=11, devices=2, strategy=strategy)
+training.fit(Sharded())
+"""
+
+
+def on_two_ranks(script: str, folder: Path) -> list[subprocess.CompletedProcess[str]]:
     port = str(free_port())
     ranks = []
     for rank in ("0", "1"):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": rank}
         environment = {**os.environ, **place, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", PARTS, str(tmp_path)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[1] for process in ranks]
+        command = [sys.executable, "-c", script, str(folder)]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+    said = [process.communicate(timeout=120) for process in ranks]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *texts)
+        for process, texts in zip(ranks, said, strict=True)
+    ]
+
+
+def test_an_io_error_on_any_rank_that_passes_costs_no_folder_of_shards(tmp_path: Path) -> None:
+    """A full disk does, and all ranks know of it, whichever it was that met it."""
+    ranks = on_two_ranks(SHARDS, tmp_path)
+    for done in ranks:
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
+        outcomes = dict(line.split(" ", 1) for line in lines)
+        assert [step for step, outcome in outcomes.items() if outcome != "saved"] == ["9", "10"], done.stderr
+        assert outcomes["9"].endswith("step=9.ckpt: rank 1: No space left on device")
+        assert outcomes["10"].endswith("step=10.ckpt: No space left on device")
+        assert done.stderr.count("trying once more, with new files") == 7
+    assert sorted(one.manifest.step for one in CheckpointStore(tmp_path).valid()) == [1, 2, 3, 4, 5, 6, 7, 8, 11]
+    assert all(verdict.valid for _, verdict in CheckpointStore(tmp_path).scan(deep=True))
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+def test_what_one_rank_could_not_write_is_not_committed_by_another(tmp_path: Path) -> None:
+    said = [done.stderr for done in on_two_ranks(PARTS, tmp_path)]
     assert "this rank's part could not be made" in said[1]
     assert "rank 1: RuntimeError" in said[0]
     assert latest_valid(tmp_path).chosen is None
