@@ -26,7 +26,7 @@ from torch.utils.data import dataloader as torch_dataloader
 from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
-from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks import _lightning, _loaders
 from tests.checkpoint.models import Line, trainer
 
 
@@ -218,7 +218,7 @@ def test_a_captured_state_holds_the_loaders_states_where_they_can_be_dropped(tmp
     training.fit(Line(), Own())
     state = training._checkpoint_connector.dump_checkpoint(False)
     assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"place": 1}]
-    _lightning.drop_loader_states(state)
+    _loaders.drop_loader_states(state)
     assert "combined_loader" not in state["loops"]["fit_loop"]["state_dict"]
 
 
@@ -230,3 +230,32 @@ def test_a_dataloader_looks_its_workers_loop_up_and_says_there_when_they_are_to_
     assert body.index("_set_worker_signal_handlers()") < body.index("init_fn(worker_id)")
     ends = inspect.getsource(torch_dataloader._MultiProcessingDataLoaderIter._shutdown_workers)
     assert ends.index("_workers_done_event.set()") < ends.index("w.terminate()")
+
+
+def test_results_are_tensors_that_are_replaced_and_can_be_made_from_what_a_log_says(tmp_path) -> None:
+    training = trainer(tmp_path, max_epochs=1)
+    connector, results = training._logger_connector, training.fit_loop.epoch_loop._results
+    assert connector._callback_metrics == {}
+    results.log("training_step", "loss", torch.tensor(2.0), on_step=True, on_epoch=True, batch_size=3)
+    result = results["training_step.loss"]
+    value, count = result.value, result.cumulated_batch_size
+    results.log("training_step", "loss", torch.tensor(4.0), on_step=True, on_epoch=True, batch_size=1)
+    assert (value.item(), count.item()) == (6.0, 3), "a snapshot holds references"
+    assert (result.value.item(), result.cumulated_batch_size.item(), result._forward_cache.item()) == (10.0, 4, 4.0)
+    assert (result.has_reset, result.is_tensor, result.meta.sync.group, result._update_count) == (False, True, None, 2)
+    assert inspect.getsource(pl.LightningModule.log).count("results.log(") == 1
+    fields = {"fx", "name", "reduce_fx", "prog_bar", "logger", "enable_graph", "add_dataloader_idx"}
+    assert fields <= set(vars(result.meta))
+    assert {"fn", "_should", "rank_zero_only"} <= set(vars(result.meta.sync))
+    results.reset()
+    assert result.has_reset
+
+
+def test_only_the_first_batch_of_an_epoch_resets_what_it_logs(tmp_path) -> None:
+    connector = trainer(tmp_path)._logger_connector
+    answers = []
+    for state in (None, True, False):
+        connector._first_loop_iter = state
+        answers.append(connector.should_reset_tensors("training_step"))
+    assert answers == [True, True, False]
+    assert "elif self._first_loop_iter is True:" in inspect.getsource(type(connector).on_batch_start)

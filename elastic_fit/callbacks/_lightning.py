@@ -1,4 +1,4 @@
-"""Adapter to Lightning: the only module of this room that touches its private names, and torch's.
+"""Adapter to Lightning: with the other modules named ``_*`` the only one here that touches its private names.
 
 Holds for Lightning 2.6 and torch 2.10 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here.
 """
@@ -16,21 +16,11 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.data import _update_dataloader
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data._utils.fetch import _MapDatasetFetcher
-
-from elastic_fit.callbacks.augmentation import Draws, SeededDataset
-from elastic_fit.callbacks.data import seed_of
-from elastic_fit.callbacks.streams import seed_streams
 
 
 def is_boundary(trainer: pl.Trainer) -> bool:
@@ -60,6 +50,24 @@ def is_at_epoch_end(trainer: pl.Trainer) -> bool:
     """Whether all batches of the epoch under way are done and its end is being dealt with."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return bool(progress.processed == progress.started and progress.completed == progress.processed - 1)
+
+
+def is_at_step_end(trainer: pl.Trainer) -> bool:
+    """Whether the hooks of a batch that completed an optimizer step are being called."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.processed == progress.completed + 1) and is_boundary(trainer)
+
+
+def is_epoch_under_way(trainer: pl.Trainer) -> bool:
+    """Whether an epoch has begun whose end hasn't been dealt with."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return bool(progress.processed < progress.started)
+
+
+def is_between_steps(trainer: pl.Trainer) -> bool:
+    """Whether no batch is in flight and no gradients are half accumulated."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(current.ready == current.processed == batches_at_boundary(trainer) or current.ready == 0)
 
 
 def is_mid_epoch(trainer: pl.Trainer) -> bool:
@@ -198,108 +206,6 @@ def epoch_under_way(trainer: pl.Trainer) -> int:
     return int(progress.processed)
 
 
-def train_loaders(trainer: pl.Trainer) -> list[Any]:
-    """The training loaders as Lightning has prepared them; none before it has."""
-    combined = trainer.fit_loop._combined_loader
-    return list(combined.flattened) if combined is not None else []
-
-
-def reload_epoch(trainer: pl.Trainer) -> int | None:
-    """The epoch that the training loaders were made for, by which ``reload_dataloaders_every_n_epochs`` counts."""
-    epoch = trainer.fit_loop._last_train_dl_reload_epoch
-    return int(epoch) if epoch != float("-inf") else None
-
-
-def set_reload_epoch(trainer: pl.Trainer, epoch: int) -> None:
-    """Have ``reload_dataloaders_every_n_epochs`` count from `epoch`, not from a restart."""
-    trainer.fit_loop._last_train_dl_reload_epoch = epoch
-
-
-def measure_epoch(trainer: pl.Trainer) -> None:
-    """Have Lightning count the batches of the coming epoch anew, from the lengths that its loaders have now."""
-    loop = trainer.fit_loop
-    combined = loop._combined_loader
-    if combined is None or loop.max_batches == float("inf"):
-        return
-    stage = RunningStage.TRAINING
-    limits = [_parse_num_batches(stage, len(loader), trainer.limit_train_batches) for loader in combined.flattened]
-    if limits == combined.limits:
-        return
-    combined.limits = limits
-    if combined._iterator is not None:
-        combined._iterator.limits = limits  # the last epoch's, which would cap the length that is asked for next
-    before, loop.max_batches = loop.max_batches, sized_len(combined) or loop.max_batches
-    if isinstance(trainer.val_check_interval, float) and trainer.val_check_batch == int(
-        before * trainer.val_check_interval
-    ):
-        trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
-
-
-def deal_training_data(trainer: pl.Trainer, prepare_loader: Callable[[object, bool], DataLoader[Any] | None]) -> None:
-    """Have Lightning take what `prepare_loader` makes of each training loader; where that is None, prepare it itself.
-
-    Scripts that have said ``use_distributed_sampler=False`` keep what they have.
-    """
-    connector = trainer._data_connector
-    prepare = connector._prepare_dataloader
-
-    def prepare_ours(dataloader: object, shuffle: bool, mode: RunningStage) -> object:
-        overfits = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
-        wanted = trainer._accelerator_connector.use_distributed_sampler and not overfits
-        if mode != RunningStage.TRAINING or not wanted:
-            return prepare(dataloader, shuffle, mode)
-        ours = prepare_loader(dataloader, shuffle)
-        return prepare(dataloader, shuffle, mode) if ours is None else ours
-
-    connector._prepare_dataloader = prepare_ours  # type: ignore[method-assign]
-
-
-def keeps_state(loader: object) -> bool:
-    """Whether a loader keeps its own place, in a ``state_dict`` that Lightning saves."""
-    return isinstance(loader, _Stateful)
-
-
-def drop_loader_states(checkpoint: dict[str, Any]) -> None:
-    """Have Lightning restore no loader from a captured state."""
-    checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-
-
-def with_sampler(loader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
-    """The same training loader with another sampler; a batch sampler of its own class draws from that one."""
-    return _update_dataloader(loader, sampler, RunningStage.TRAINING)
-
-
-def with_batches(loader: DataLoader[Any], batches: Sampler[list[int]]) -> DataLoader[Any]:
-    """This loader, with other batches; it must not have been used yet."""
-    vars(loader)["batch_sampler"] = batches  # DataLoader forbids to set it, as its users couldn't know whether it has
-    return loader
-
-
-def seed_each_sample() -> None:
-    """In a worker process of a DataLoader: read the samples of `Draws` each with streams of its own."""
-    fetch: Callable[[Any, Any], Any] = _MapDatasetFetcher.fetch
-
-    def fetch_seeded(self: Any, indices: Any) -> Any:
-        if not isinstance(indices, Draws):
-            return fetch(self, indices)
-        dataset = self.dataset
-        if getattr(dataset, "__getitems__", None):
-            seed_streams(seed_of(indices.seed, indices.places[0]))
-            return fetch(self, indices)
-        self.dataset = SeededDataset(dataset, indices)
-        try:
-            return fetch(self, indices)
-        finally:
-            self.dataset = dataset
-
-    _MapDatasetFetcher.fetch = fetch_seeded  # type: ignore[method-assign]
-
-
-def deal_as_before(trainer: pl.Trainer) -> None:
-    """Undo `deal_training_data`."""
-    vars(trainer._data_connector).pop("_prepare_dataloader", None)
-
-
 def roll_back_to_boundary(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Put the loop's counters in a captured state back to the last optimizer step.
 
@@ -307,10 +213,10 @@ def roll_back_to_boundary(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> No
     what they were in ``on_train_batch_end`` of the last batch that completed a step, the state that Lightning's
     restart logic expects; before the epoch's first step, what they are while its first batch is in flight.
     """
+    if is_between_steps(trainer):
+        return
     current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     boundary = batches_at_boundary(trainer)
-    if current.ready == current.processed == boundary or current.ready == 0:
-        return
     state = checkpoint["loops"]["fit_loop"]
     batch = state["epoch_loop.batch_progress"]
     undone = current.processed - boundary
@@ -382,9 +288,13 @@ def redo_validation(checkpoint: dict[str, Any]) -> None:
     """Have a resumed run do the validation that was under way in this captured state, all of it.
 
     The counters become what they are while its first batch is in flight, by which Lightning knows a validation that
-    was interrupted. It goes back to it, and counts from the last completed batch, which is none.
+    was interrupted. It goes back to it, and counts from the last completed batch, which is none. Meanwhile
+    WeightAveraging has put the averaged weights into the model, and its own in their place: they change back.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    if progress["current"]["ready"] and "current_model_state" in checkpoint:
+        averaged, checkpoint["state_dict"] = checkpoint["state_dict"], checkpoint["current_model_state"]
+        checkpoint["current_model_state"] = averaged
     undone = progress["current"]["completed"]
     before = progress["total"]["completed"] - undone
     progress["current"].update(ready=1, started=1, processed=0, completed=0)

@@ -15,9 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.cadence import Cadence
+from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.loggers import pin_late
-from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.resume import choose
 from elastic_fit.callbacks.seal import Purpose, Seals
 from elastic_fit.callbacks.stop import Stopper

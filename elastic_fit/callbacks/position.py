@@ -5,24 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from elastic_fit.callbacks import _lightning, session
+from elastic_fit.callbacks import _lightning, _loaders, session
 from elastic_fit.callbacks.augmentation import SeededBatches, WorkerStart
 from elastic_fit.callbacks.collective import gather
 from elastic_fit.callbacks.data import ElasticSampler, order_of
 from elastic_fit.callbacks.globalbatch import GlobalBatches, Split
-from elastic_fit.callbacks.loggers import ContinuedLoggers
-from elastic_fit.callbacks.randomness import RandomStreams
-from elastic_fit.callbacks.restart import RestartedEpoch
+from elastic_fit.callbacks.place import (
+    batch_size_of,
+    batches_before,
+    global_batch_of,
+    global_batches_of,
+    is_shuffled,
+    is_shuffled_by_torchdata,
+    position_of,
+    sampler_of,
+    why_not,
+)
 from elastic_fit.supervisor.errors import ElasticFitError, UsageError
 
 log = logging.getLogger("elastic_fit")
@@ -70,12 +76,12 @@ class DataPosition(pl.Callback):
         """From here on, training data that Lightning prepares is dealt by us."""
         if stage == "fit":
             self._trainer = trainer
-            _lightning.deal_training_data(trainer, self._prepared)
+            _loaders.deal_training_data(trainer, self._prepared)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
         if stage == "fit":
-            _lightning.deal_as_before(trainer)
+            _loaders.deal_as_before(trainer)
             self._restored = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,17 +90,17 @@ class DataPosition(pl.Callback):
         They may have been prepared before the loops were restored, and more than once, by a script that asks for the
         ``estimated_stepping_batches``: what depends on the loop's counters is made good here.
         """
-        for loader, restored in zip(_lightning.train_loaders(trainer), self._restored, strict=False):
+        for loader, restored in zip(_loaders.train_loaders(trainer), self._restored, strict=False):
             sampler = sampler_of(loader)
             if sampler is not None and restored is not None and restored["size"] == sampler.size:
                 self._count_from(loader, sampler, restored)
         if self._reloaded_at is not None:
-            _lightning.set_reload_epoch(trainer, self._reloaded_at)
+            _loaders.set_reload_epoch(trainer, self._reloaded_at)
         self._restored, self._reloaded_at, self._states = [], None, []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An epoch that began with another number of ranks had another number of batches than this one has."""
-        _lightning.measure_epoch(trainer)
+        _loaders.measure_epoch(trainer)
 
     # the position
 
@@ -106,11 +112,21 @@ class DataPosition(pl.Callback):
         batches = _lightning.batches_at_boundary(trainer)
         is_over = _lightning.is_epoch_over(trainer, batches)
         parts = trainer.accumulate_grad_batches
-        return [_position(loader, batches, is_over, parts) for loader in _lightning.train_loaders(trainer)]
+        return [position_of(loader, batches, is_over, parts) for loader in _loaders.train_loaders(trainer)]
 
     def global_batch(self) -> int | None:
         """Samples that an optimizer step takes, over all ranks; None where it isn't known."""
         return next((place["global_batch"] for place in self.positions() if place), None)
+
+    def samples(self) -> int | None:
+        """Samples of the epoch that are behind the last optimizer step, over all ranks; None where it isn't known."""
+        trainer = self._trainer
+        loaders = _loaders.train_loaders(trainer) if trainer is not None else []
+        if trainer is None or not loaders:
+            return None
+        batches = _lightning.batches_at_boundary(trainer)
+        place = position_of(loaders[0], batches, False, trainer.accumulate_grad_batches)
+        return int(place["consumed"]) if place is not None else None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -125,8 +141,8 @@ class DataPosition(pl.Callback):
             return {"loaders": []}
         return {
             "loaders": self.positions(),
-            "reloaded_at": _lightning.reload_epoch(trainer),
-            "states": [_states_of_all(loader) for loader in _lightning.train_loaders(trainer)],
+            "reloaded_at": _loaders.reload_epoch(trainer),
+            "states": [_states_of_all(loader) for loader in _loaders.train_loaders(trainer)],
         }
 
     def on_load_checkpoint(
@@ -134,7 +150,7 @@ class DataPosition(pl.Callback):
     ) -> None:
         """Lightning would have every rank's loader go on from rank 0's state."""
         if "states" in checkpoint.get("callbacks", {}).get(self.state_key, {}):
-            _lightning.drop_loader_states(checkpoint)
+            _loaders.drop_loader_states(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The loaders that are about to be prepared go on from here."""
@@ -142,29 +158,46 @@ class DataPosition(pl.Callback):
         self._reloaded_at = state_dict.get("reloaded_at")
         self._states = list(state_dict.get("states", []))
 
-    def _prepared(self, loader: object, shuffle: bool) -> DataLoader[Any] | None:
-        """The loader, dealt by us; None where its position can't be kept, or it keeps it itself."""
+    def _prepared(self, loader: object, shuffle: bool, is_dealt: bool, usual: _loaders.Usual) -> object:
+        """The loader, dealt by us; as Lightning prepares it where its position can't be kept, or it keeps it itself."""
         restored = self._restored[0] if self._restored else None
         self._restored = [*self._restored[1:], *self._restored[:1]]  # the same ones may be prepared again
         states = self._states[0] if self._states else None
         self._states = [*self._states[1:], *self._states[:1]]
-        if states and _lightning.keeps_state(loader):
-            self._take_up(loader, states)
-        if not isinstance(loader, DataLoader) or _lightning.keeps_state(loader):
-            return None
+        if _loaders.keeps_state(loader):
+            return self._kept(loader, is_dealt, usual, states)
+        if not is_dealt or not isinstance(loader, DataLoader):
+            return usual()
         why = why_not(loader)
         if why is not None:
             self._complain(loader, why)
-            return None
+            return usual()
         sampler = self._sampler(loader, shuffle, restored)
-        ours = _lightning.with_sampler(loader, sampler)
+        ours = _loaders.with_sampler(loader, sampler)
         if self._global_batch is not None:
             ours = self._split(ours, sampler, self._global_batch)
         self._settle(ours, sampler, restored)
         if ours.num_workers:
-            ours = _lightning.with_batches(ours, SeededBatches(ours.batch_sampler, sampler))
-            ours.worker_init_fn = WorkerStart(ours.worker_init_fn, _lightning.seed_each_sample)
+            ours = _loaders.with_batches(ours, SeededBatches(ours.batch_sampler, sampler))
+            ours.worker_init_fn = WorkerStart(ours.worker_init_fn, _loaders.seed_each_sample)
         return ours
+
+    def _kept(self, loader: object, is_dealt: bool, usual: _loaders.Usual, states: list[Any] | None) -> object:
+        """A loader that keeps its own place, as Lightning prepares it, with this rank's state."""
+        trainer = self._trainer
+        assert trainer is not None
+        if is_dealt and trainer.world_size > 1 and is_shuffled_by_torchdata(loader):
+            # Lightning would wrap the sampler, and lose what its order is drawn from.
+            sampler: DistributedSampler[Any] = DistributedSampler(
+                loader.dataset, trainer.world_size, trainer.global_rank, shuffle=True, seed=self.seed
+            )
+            prepared: object = _loaders.with_sampler(loader, sampler)
+        else:
+            prepared = usual()  # it may be another one, with another sampler
+        _loaders.begin_at_epoch(prepared, _lightning.epoch_under_way(trainer))
+        if states:
+            self._take_up(prepared, states)
+        return prepared
 
     def _take_up(self, loader: Any, states: list[Any]) -> None:
         """Give a loader that keeps its own place this rank's state back, where there is one."""
@@ -202,7 +235,7 @@ class DataPosition(pl.Callback):
         refuse_what_cannot_be_split(self._trainer, loader, split)
         batches = GlobalBatches(sampler, split, drop_last=bool(getattr(loader.batch_sampler, "drop_last", False)))
         self._trainer.accumulate_grad_batches = split.parts
-        return _lightning.with_batches(loader, batches)
+        return _loaders.with_batches(loader, batches)
 
     def _settle(self, loader: DataLoader[Any], sampler: ElasticSampler, restored: dict[str, Any] | None) -> None:
         """Put the sampler, and Lightning's count of the epoch's batches, where the checkpoint was written."""
@@ -220,7 +253,7 @@ class DataPosition(pl.Callback):
             batches.done_before = before
         self._count_from(loader, sampler, restored)
         self._tell_of_change(
-            restored.get("global_batch"), _global_batch(loader, sampler, trainer.accumulate_grad_batches)
+            restored.get("global_batch"), global_batch_of(loader, sampler, trainer.accumulate_grad_batches)
         )
 
     def _count_from(self, loader: Any, sampler: ElasticSampler, restored: dict[str, Any]) -> None:
@@ -254,9 +287,7 @@ class DataPosition(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """With a global batch: where ranks take unequal shares of it, their gradients count accordingly."""
-        batches = next(
-            (one for loader in _lightning.train_loaders(trainer) if (one := global_batches_of(loader))), None
-        )
+        batches = next((one for loader in _loaders.train_loaders(trainer) if (one := global_batches_of(loader))), None)
         if batches is None or not loss.requires_grad:
             return
         weight = batches.weight(_lightning.batch_under_way(trainer) - batches.sampler.began_at_batch)
@@ -281,79 +312,10 @@ def run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED") or own)
 
 
-def companions(
-    trainer: pl.Trainer,
-    folder: Path | None,
-    pinned: Sequence[bool],
-    *,
-    strict: bool = False,
-    reproducible: bool = False,
-    global_batch: int | None = None,
-) -> list[pl.Callback]:
-    """What has to go with a checkpoint callback for a resumed run to be the same run, as far as it isn't there."""
-    there = _lightning.callbacks_of(trainer)
-    wanted: list[pl.Callback] = [
-        DataPosition(strict=strict, global_batch=global_batch),
-        RandomStreams(run_seed(), reproducible=reproducible),
-        RestartedEpoch(),
-        ContinuedLoggers(folder, pinned),
-    ]
-    return [one for one in wanted if not any(type(one) is type(other) for other in there)]
-
-
-def is_shuffled(loader: DataLoader[Any], trainer: pl.Trainer) -> bool:
-    """Whether an epoch's order is random: where several ranks may take part, always, as with Lightning's own sampler.
-
-    A process that is alone, and stays it, keeps the order that the loader has.
-    """
-    is_alone = trainer.world_size == 1 and session.current() is None
-    return not is_alone or isinstance(loader.sampler, RandomSampler)
-
-
-def why_not(loader: DataLoader[Any]) -> str | None:
-    """Why the position in a loader can't be kept, or None."""
-    if isinstance(loader.dataset, IterableDataset):
-        return "its dataset is iterable and keeps no state"
-    if isinstance(loader.sampler, DistributedSampler):
-        return "the script deals its data to the ranks itself (DistributedSampler)"
-    if batch_size_of(loader) is None:
-        return "its batches have no fixed size"
-    return None
-
-
-def batches_before(restored: dict[str, Any], parts: int) -> int:
-    """Batches of the epoch that are behind a rank, where its optimizer steps take so many of them now."""
-    before, parts_then = int(restored["batches"]), int(restored.get("parts", 0))
-    return before // parts_then * parts if before and parts_then and parts != parts_then else before
-
-
-def batch_size_of(loader: DataLoader[Any]) -> int | None:
-    """Samples of one batch on one rank; None where they have no fixed number."""
-    size = loader.batch_size if loader.batch_size is not None else getattr(loader.batch_sampler, "batch_size", None)
-    return int(size) if isinstance(size, int) else None
-
-
-def sampler_of(loader: Any) -> ElasticSampler | None:
-    """Our sampler in a loader, if it is there."""
-    sampler = getattr(loader, "sampler", None)
-    while not isinstance(sampler, ElasticSampler) and loader is not None:
-        inner = getattr(loader, "batch_sampler", None)  # not to be asked for its truth: it may have no length
-        loader = inner if inner is not None else getattr(loader, "batches", None)
-        sampler = getattr(loader, "sampler", None)
-    return sampler if isinstance(sampler, ElasticSampler) else None
-
-
-def global_batches_of(loader: Any) -> GlobalBatches | None:
-    """The batches of a loader, if they add up to a global batch."""
-    batches = getattr(loader, "batch_sampler", None)
-    batches = batches.batches if isinstance(batches, SeededBatches) else batches
-    return batches if isinstance(batches, GlobalBatches) else None
-
-
 def refuse_what_cannot_be_split(trainer: pl.Trainer, loader: DataLoader[Any], split: Split) -> None:
     """Raise GlobalBatchRefused where a global batch would silently mean something else than it says."""
     why = ""
-    if len(_lightning.train_loaders(trainer)) > 1:
+    if len(_loaders.train_loaders(trainer)) > 1:
         why = "the script trains on several loaders at once"
     elif type(loader.batch_sampler) is not BatchSampler:
         why = "the script makes its batches itself (batch_sampler)"
@@ -370,45 +332,4 @@ def refuse_what_cannot_be_split(trainer: pl.Trainer, loader: DataLoader[Any], sp
 
 def _states_of_all(loader: Any) -> list[Any] | None:
     """What a loader that keeps its own place says of it, on every rank; None for one that doesn't."""
-    return gather(loader.state_dict()) if _lightning.keeps_state(loader) else None
-
-
-def _global_batch(loader: Any, sampler: ElasticSampler, parts: int) -> int | None:
-    """Samples that an optimizer step takes, over all ranks."""
-    batches = global_batches_of(loader)
-    if batches is not None:
-        return batches.split.size
-    size = batch_size_of(loader)
-    return size * sampler.num_replicas * parts if size is not None else None
-
-
-def _position(loader: Any, batches: int, is_over: bool, parts: int) -> dict[str, Any] | None:
-    sampler = sampler_of(loader)
-    size = batch_size_of(loader) if sampler is not None else None
-    if sampler is None or size is None:
-        return None
-    state = {**sampler.state_dict(), "parts": parts, "global_batch": _global_batch(loader, sampler, parts)}
-    if is_over:
-        return {**state, "epoch": sampler.epoch + 1, "consumed": 0, "batches": 0}
-    split = global_batches_of(loader)
-    if split is not None:
-        return {**state, "consumed": split.consumed(batches - sampler.began_at_batch), "batches": batches}
-    consumed, in_pass = place_after(sampler, batches - sampler.began_at_batch, size)
-    return {**state, "consumed": consumed, "batches": in_pass}
-
-
-def place_after(sampler: ElasticSampler, batches: int, batch_size: int) -> tuple[int, int]:
-    """Where a loader is after so many batches on each rank since the sampler's pass began.
-
-    Returns samples consumed over all ranks, and batches on each rank, both of the pass under way. A loader that is
-    shorter than the epoch is gone through again (CombinedLoader's ``max_size_cycle``); where it is just at its end, it
-    stays there: it begins anew when its next batch is asked for.
-    """
-    in_round = sampler.num_replicas * batch_size
-    before = sampler.taken_before // batch_size
-    left = -(-(sampler.size - sampler.origin) // in_round)
-    if batches <= left:
-        return min(sampler.size, sampler.origin + batches * in_round), before + batches
-    each = -(-sampler.size // in_round)
-    in_pass = (batches - left - 1) % each + 1
-    return min(sampler.size, in_pass * in_round), in_pass
+    return gather(loader.state_dict()) if _loaders.keeps_state(loader) else None

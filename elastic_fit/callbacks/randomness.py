@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks import _lightning, _loaders
 from elastic_fit.callbacks.collective import gather, is_saving_alone
 from elastic_fit.callbacks.streams import capture_streams, derive_streams, restore_streams
 
@@ -90,7 +90,7 @@ class RandomStreams(pl.Callback):
     @staticmethod
     def _draw_as_an_epoch_does(trainer: pl.Trainer) -> None:
         """An iterator's base seed is drawn when an epoch begins; the one of this epoch was drawn before we came."""
-        for loader in _lightning.train_loaders(trainer):
+        for loader in _loaders.train_loaders(trainer):
             keeps_its_iterator = getattr(loader, "persistent_workers", False) and getattr(loader, "num_workers", 0)
             if getattr(loader, "generator", None) is None and not keeps_its_iterator:
                 torch.empty((), dtype=torch.int64).random_()

@@ -1,4 +1,4 @@
-"""What Lightning's own restart leaves out, so that an epoch that was interrupted ends as one that was not."""
+"""What Lightning's own restart leaves out, so that a step or an epoch that was interrupted ends as one that was not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from elastic_fit.callbacks import _lightning
-from elastic_fit.callbacks.collective import is_saving_alone
 
 
 class RestartedEpoch(pl.Callback):
@@ -16,8 +15,9 @@ class RestartedEpoch(pl.Callback):
 
     - In an epoch that was interrupted, ReduceLROnPlateau is stepped at its end as in any other, and stochastic weight
       averaging is prepared as at its start.
-    - In a checkpoint of an epoch's end, the schedulers that look at a metric have not been stepped yet: Lightning does
-      that after the save and never makes up for it. The metrics are kept for them.
+    - In a checkpoint of a step's or an epoch's end, the schedulers that look at a metric have not been stepped yet:
+      Lightning does that after the save and never makes up for it. The metrics are those that `LoggedResults` has put
+      back.
     """
 
     def __init__(self) -> None:
@@ -35,12 +35,11 @@ class RestartedEpoch(pl.Callback):
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics that callbacks and schedulers see, as plain numbers."""
-        if self._trainer is None:
+        """Which end is being dealt with."""
+        trainer = self._trainer
+        if trainer is None:
             return {}
-        known = _lightning.callback_metrics(self._trainer, ask_others=not is_saving_alone())
-        metrics = {name: float(value) for name, value in known.items()}
-        return {"metrics": metrics, "at_epoch_end": _lightning.is_at_epoch_end(self._trainer)}
+        return {"at_epoch_end": _lightning.is_at_epoch_end(trainer), "at_step_end": _lightning.is_at_step_end(trainer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """To be acted upon when training starts."""
@@ -52,8 +51,10 @@ class RestartedEpoch(pl.Callback):
         if not restored:
             return
         if restored["at_epoch_end"]:
-            _step_by_metric(trainer, restored["metrics"])
+            _step_by_metric(trainer, _lightning.callback_metrics(trainer, ask_others=False))
             return
+        if restored["at_step_end"]:
+            trainer.fit_loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         self._is_first_batch = True
         if _lightning.is_mid_epoch(trainer):
             for callback in _lightning.callbacks_of(trainer):
@@ -69,8 +70,8 @@ class RestartedEpoch(pl.Callback):
             _lightning.end_restart(trainer)
 
 
-def _step_by_metric(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+def _step_by_metric(trainer: pl.Trainer, metrics: dict[str, Any]) -> None:
     for config in trainer.lr_scheduler_configs:
         is_due = config.interval == "epoch" and (trainer.current_epoch % config.frequency == 0)
         if config.reduce_on_plateau and is_due and config.monitor in metrics:
-            config.scheduler.step(metrics[config.monitor])  # type: ignore[arg-type]
+            config.scheduler.step(metrics[config.monitor])

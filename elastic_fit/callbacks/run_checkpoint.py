@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import Logger
 
 from elastic_fit.callbacks import _lightning, release
 from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
+from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import rescue
 from elastic_fit.callbacks.loggers import pin
-from elastic_fit.callbacks.position import companions
 from elastic_fit.callbacks.seal import Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
 from elastic_fit.callbacks.stop import PeerLost

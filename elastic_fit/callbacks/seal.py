@@ -301,14 +301,13 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
     metrics = _lightning.callback_metrics(trainer, ask_others=not is_saving_alone())
     if "optimizer_states" not in checkpoint:
         extra["weights_only"] = True
-    batch = next(
-        (one.global_batch() for one in _lightning.callbacks_of(trainer) if isinstance(one, DataPosition)), None
-    )
-    if batch is not None:
+    position = next((one for one in _lightning.callbacks_of(trainer) if isinstance(one, DataPosition)), None)
+    if position is not None and (batch := position.global_batch()) is not None:
         extra["global_batch"] = batch
     return Facts(
         step=trainer.global_step,
         epoch=trainer.current_epoch,
+        samples=position.samples() if position is not None else None,
         world_size=trainer.world_size,
         strategy=type(trainer.strategy).__name__,
         kind=purpose.kind,

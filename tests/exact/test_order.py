@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, SequentialSampler, WeightedRandomSample
 
 from elastic_fit import ElasticSampler
 from elastic_fit.callbacks.data import order_of
-from elastic_fit.callbacks.position import place_after
+from elastic_fit.callbacks.place import place_after
 
 
 def one_pass(size: int, ranks: int, begin: int, *, epoch: int = 0, drop_last: bool = False) -> list[list[int]]:

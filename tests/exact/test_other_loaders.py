@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from tests.launching import Elastic
 
 LAUNCHER = os.getpid()
@@ -83,3 +85,59 @@ def test_a_survivor_s_state_serves_all_ranks_and_that_is_said(elastic: Elastic) 
     assert outcome.code == 0
     assert outcome.notes("state-0") == outcome.notes("state-1") == ["1"]
     assert "the states of 1 of a Own, for 2 ranks now" in outcome.output()
+
+
+OFFICIAL = """
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+    class Stateful(Model):
+        def training_step(self, batch, batch_idx):
+            note(f"seen-{RANK}", ",".join(str(int(index)) for index in batch[1]))
+            return self.layer(batch[0]).square().mean()
+        def train_dataloader(self):
+            data = TensorDataset(torch.arange(96).reshape(24, 4) / 96, torch.arange(24))
+            sampler = StatefulDistributedSampler(data, WORLD, RANK, seed=3) if OWN_SAMPLER else None
+            options = {"num_workers": WORKERS, "sampler": sampler, "shuffle": sampler is None}
+            return StatefulDataLoader(data, batch_size=2, **options)
+
+    WORLD = int(os.environ["WORLD_SIZE"])
+    pl.seed_everything(7)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("own_sampler", [False, True])
+def test_torchdatas_loader_goes_on_where_it_was_on_every_rank(
+    elastic: Elastic, workers: int, own_sampler: bool
+) -> None:
+    setting = f"    WORKERS, OWN_SAMPLER = {workers}, {own_sampler}\n"
+    options = "use_distributed_sampler=False" if own_sampler else ""
+
+    def seen(mishap: str) -> list[list[str]]:
+        body = f"{setting}{OFFICIAL}    trainer({mishap}{options}).fit(Stateful())\n"
+        outcome = elastic(body, "--checkpoint-steps", "1", "--fresh")
+        assert outcome.code == 0, outcome.output()
+        notes = [outcome.run.parent / f"seen-{rank}.notes" for rank in (0, 1)]
+        found = [path.read_text().split() for path in notes]
+        for path in notes:
+            path.unlink()
+        return found
+
+    calm = seen("")
+    first = [sorted(index for batch in batches[:6] for index in batch.split(",")) for batches in calm]
+    assert sorted(first[0] + first[1]) == sorted(str(number) for number in range(24))
+    # Both die before the step is saved, and do it again.
+    assert seen("At(4, die), ") == [batches[:4] + batches[3:] for batches in calm]
+    assert seen("At(9, die), ") == [batches[:9] + batches[8:] for batches in calm]
+
+
+def test_torchdatas_loader_is_taken_up_by_another_number_of_ranks_from_the_first_state_and_that_is_said(
+    elastic: Elastic,
+) -> None:
+    body = "    WORKERS, OWN_SAMPLER = 0, False\n" + OFFICIAL
+    flags = ("--checkpoint-steps", "1", "--max-restarts", "0")
+    assert elastic(body + "    trainer(At(4, die)).fit(Stateful())\n", *flags).code == 1
+    last = elastic(body + "    trainer().fit(Stateful())\n", *flags, workers=1)
+    assert last.code == 0, last.output()
+    assert "the states of 2 of a StatefulDataLoader, for 1 ranks now" in last.output()

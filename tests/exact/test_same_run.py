@@ -14,7 +14,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
@@ -63,9 +70,10 @@ class Model(pl.LightningModule):
             return [optimizer], [{"scheduler": StepLR(optimizer, 2, 0.9), "interval": "step"}]
         if self.schedule == "epoch":
             return [optimizer], [StepLR(optimizer, 1, 0.5)]
-        if self.schedule == "plateau":
+        if self.schedule.startswith("plateau of "):
             plateau = ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+            monitor = self.schedule.removeprefix("plateau of ")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": monitor}}
         return optimizer
 
     def train_dataloader(self) -> Any:
@@ -90,16 +98,22 @@ class ByHand(Model):
 
 
 class Diary(pl.Callback):
-    """What every step saw and did: (step before the batch, samples, learning rate, loss)."""
+    """What every step saw and did (step, samples, epoch, learning rate, loss and its scale), and each epoch's mean."""
 
     def __init__(self) -> None:
         self.pages: list[tuple[Any, ...]] = []
+        self.means: list[tuple[int, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         samples = {key: part[0].tolist() for key, part in batch.items()} if isinstance(batch, dict) else batch[0]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         loss = trainer.callback_metrics["loss_step"].item()
-        self.pages.append((trainer.global_step, str(samples), trainer.current_epoch, rate, loss))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else None
+        self.pages.append((trainer.global_step, str(samples), trainer.current_epoch, rate, loss, scale))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.means.append((trainer.current_epoch, trainer.callback_metrics["loss_epoch"].item()))
 
 
 @dataclass
@@ -111,6 +125,12 @@ class Case:
     schedule: str = ""
     callbacks: Callable[[], list[pl.Callback]] = list
     options: dict[str, Any] = field(default_factory=dict)
+    plugins: Callable[[], list[Any]] = list
+
+
+class ByEpoch(WeightAveraging):
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return epoch_idx is not None
 
 
 class Pairs(BatchSampler):
@@ -124,6 +144,11 @@ def of_two(mode: str) -> Callable[[], CombinedLoader]:
         return CombinedLoader({"a": long, "b": short}, mode)
 
     return loaders
+
+
+def scaled() -> MixedPrecision:
+    """Its scale is too large for float16 at first, and grows again every other step."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2))
 
 
 CASES = {
@@ -149,14 +174,18 @@ CASES = {
     "accumulated gradients": Case(options={"accumulate_grad_batches": 3}),
     "manual optimisation": Case(model=ByHand),
     "gradient clipping": Case(options={"gradient_clip_val": 0.1}),
+    "float16 with a scaler that skips steps": Case(plugins=lambda: [scaled()]),
     "bfloat16": Case(options={"precision": "bf16-mixed"}),
     "a schedule by steps": Case(schedule="step"),
     "a schedule by epochs": Case(schedule="epoch"),
-    "ReduceLROnPlateau": Case(schedule="plateau"),
+    "ReduceLROnPlateau": Case(schedule="plateau of val_loss"),
+    "ReduceLROnPlateau by a mean of the training": Case(schedule="plateau of loss_epoch"),
     "validation inside the epoch": Case(options={"val_check_interval": 0.5}),
     "early stopping": Case(
         callbacks=lambda: [EarlyStopping("val_loss", patience=1, min_delta=10.0)], options={"max_epochs": 9}
     ),
+    "moving average of the weights": Case(callbacks=lambda: [EMAWeightAveraging(decay=0.7, update_every_n_steps=2)]),
+    "average of the weights at each epoch's end": Case(callbacks=lambda: [ByEpoch()]),
     "stochastic weight averaging": Case(
         callbacks=lambda: [StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=1)]
     ),
@@ -177,6 +206,7 @@ def run(case: Case, folder: Path, die_at: int | None = None) -> tuple[Diary, Mod
             num_sanity_val_steps=1,
             log_every_n_steps=1,
             callbacks=[*case.callbacks(), *deadly, diary, checkpoint],
+            plugins=case.plugins(),
             **{**options, **case.options},
         )
         with pytest.raises(RuntimeError, match="the power is gone") if die_at else contextlib.nullcontext():
@@ -198,6 +228,7 @@ def test_an_interrupted_run_is_the_run_that_was_left_alone(name: str, tmp_path: 
         if case.options.get("accumulate_grad_batches"):
             pages = pages[: [page[0] for page in before.pages].index(die_at - 1) + 1]
         assert pages + after.pages == expected.pages, f"died at step {die_at}"
+        assert before.means + after.means == expected.means, f"died at step {die_at}"
         for mine, its in zip(model.parameters(), reference.parameters(), strict=True):
             assert torch.equal(mine, its), f"died at step {die_at}"
 

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 from elastic_fit import ElasticSampler
 from elastic_fit.callbacks.globalbatch import GlobalBatches, Split
 from elastic_fit.callbacks.permutation import ComputedPermutation
-from elastic_fit.callbacks.position import place_after
+from elastic_fit.callbacks.place import place_after
 
 EPOCHS = 3
 

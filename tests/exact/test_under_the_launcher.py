@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+from elastic_fit.supervisor.store import CheckpointStore
 from tests.launching import Elastic, Outcome
 
 SCRIPT = """
@@ -44,6 +47,14 @@ def test_a_killed_worker_costs_no_sample(elastic: Elastic) -> None:
     outcome = elastic(SCRIPT + "trainer(At(4, die, rank=1)).fit(Seen())\n")
     assert outcome.code == 0
     assert {epoch: sorted(samples) for epoch, samples in seen(outcome).items()} == {0: EACH_ONCE, 1: EACH_ONCE}
+
+
+def test_every_manifest_says_how_many_samples_of_the_epoch_are_behind_it(elastic: Elastic) -> None:
+    outcome = elastic(SCRIPT + "trainer(At(9, die)).fit(Seen())\n", "--checkpoint-steps", "2", "--keep", "20")
+    assert outcome.code == 0
+    store = CheckpointStore(outcome.run / "checkpoints" / "fit-1")
+    told = {one.manifest.step: (one.manifest.epoch, one.manifest.samples) for one in store.committed()}
+    assert told == {2: (0, 8), 4: (0, 16), 6: (0, 24), 8: (1, 8), 10: (1, 16), 12: (1, 24)}
 
 
 def test_all_workers_killed_cost_no_sample(elastic: Elastic) -> None:
@@ -112,3 +123,29 @@ def test_an_epoch_after_one_that_lost_ranks_is_whole_when_a_survivor_saves_betwe
     last = elastic(SCRIPT + "trainer(At(5, fall_over, rank=0), max_epochs=3).fit(Seen())\n", *flags, workers=2)
     assert last.code == 0, last.output()
     assert {epoch: sorted(samples) for epoch, samples in seen(last).items() if epoch} == {1: EACH_ONCE, 2: EACH_ONCE}
+
+
+def test_a_stop_within_a_validation_keeps_averaged_weights_and_those_that_are_trained_apart(elastic: Elastic) -> None:
+    body = f"""
+import os
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+class Validated(Seen):
+    def validation_step(self, batch, batch_idx):
+        pass
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(1200, 4)), batch_size=2)
+
+class Within(pl.Callback):
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if WHEN and trainer.global_step == 6 and batch_idx == 2:
+            told(lambda: os.kill({os.getpid()}, signal.SIGTERM))()
+
+trainer(EMAWeightAveraging(decay=0.7), Within()).fit(Validated())
+"""
+    calm = weights(elastic, "WHEN = False\n" + body)
+    stopped = elastic(SCRIPT + "WHEN = True\n" + body, "--fresh")
+    assert (stopped.code, stopped.steps()) == (75, [6])
+    again = elastic(SCRIPT + "WHEN = False\n" + body)
+    assert again.code == 0, again.output()
+    assert again.notes("weights")[-2:] == calm

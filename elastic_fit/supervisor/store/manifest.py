@@ -50,7 +50,7 @@ class Facts:
     """Optimizer steps completed."""
     epoch: int = 0
     samples: int | None = None
-    """Samples consumed over the whole run, where known."""
+    """Samples of the epoch that have been consumed, over all ranks, where known: of the first training loader."""
     world_size: int = 1
     strategy: str = ""
     kind: str = "periodic"
