@@ -1,4 +1,4 @@
-"""What a person should see in Lightning's own progress bar: the last safe step, and how often the run has restarted."""
+"""What a person should see in Lightning's own progress bar: its place, the last safe step, and restarts of the run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from elastic_fit.callbacks.session import Session
 from elastic_fit.supervisor.board import Word
@@ -46,3 +47,17 @@ class RunProgress(pl.Callback):
     def _resumed_step(self) -> int:
         point = self._worker.context.resume_point(self._worker.fits)
         return point.step if point else 0
+
+
+def show_place(trainer: pl.Trainer, pl_module: pl.LightningModule, done: int) -> None:
+    """Begin the bar of an epoch of which `done` batches are behind us; Lightning does so for whole epochs alone."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return
+    bar.on_train_epoch_start(trainer, pl_module)
+    if isinstance(bar, TQDMProgressBar):
+        shown = bar.train_progress_bar
+        shown.initial = shown.n = done  # its rate is that of what comes
+        shown.refresh()
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
+        bar.progress.update(bar.train_progress_bar_id, completed=done)

@@ -8,13 +8,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks.progress import show_place
 
 
 class RestartedEpoch(pl.Callback):
     """Takes up what belongs to the epoch, not to the step.
 
     - In an epoch that was interrupted, ReduceLROnPlateau is stepped at its end as in any other, and stochastic weight
-      averaging is prepared as at its start.
+      averaging and the progress bar are prepared as at its start.
     - In a checkpoint of a step's or an epoch's end, the schedulers that look at a metric have not been stepped yet:
       Lightning does that after the save and never makes up for it. The metrics are those that `LoggedResults` has put
       back.
@@ -60,6 +61,7 @@ class RestartedEpoch(pl.Callback):
             for callback in _lightning.callbacks_of(trainer):
                 if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
+            show_place(trainer, pl_module, _lightning.batches_at_boundary(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
