@@ -36,7 +36,7 @@ def test_a_save_that_has_no_room_is_refused_before_a_byte_is_written(tmp_path: P
     save(store, 10)
     before = sorted(os.listdir(store.root))
     disk.free = 8000
-    with pytest.raises(SaveFailed, match="the last save took 8976 bytes, and 8000 are free") as refusal:
+    with pytest.raises(SaveFailed, match="the last save took 9000 bytes, and 8000 are free") as refusal:
         store.stage("step=20.ckpt")
     assert "free some space" in refusal.value.hint
     assert sorted(os.listdir(store.root)) == before
@@ -44,9 +44,9 @@ def test_a_save_that_has_no_room_is_refused_before_a_byte_is_written(tmp_path: P
 
 def test_another_process_knows_the_size_of_the_last_save_from_its_manifest(tmp_path: Path) -> None:
     save(store_in(tmp_path), 10, shards=SHARDS)
-    with pytest.raises(SaveFailed, match="the last save took 17952 bytes"):
-        store_in(tmp_path, Nearly(17951)).stage("step=20.ckpt")
-    store_in(tmp_path, Nearly(17952)).stage("step=20.ckpt")
+    with pytest.raises(SaveFailed, match="the last save took 18000 bytes"):
+        store_in(tmp_path, Nearly(17999)).stage("step=20.ckpt")
+    store_in(tmp_path, Nearly(18000)).stage("step=20.ckpt")
 
 
 def test_what_this_process_wrote_or_read_is_known_until_it_is_touched(tmp_path: Path) -> None:
