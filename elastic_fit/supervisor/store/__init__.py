@@ -17,7 +17,7 @@ It serves a plain PyTorch script as well:
 from __future__ import annotations
 
 from elastic_fit.supervisor.errors import FencedOff
-from elastic_fit.supervisor.store.commit import DigestingFile, SaveFailed, Staged
+from elastic_fit.supervisor.store.commit import DigestingFile, Staged
 from elastic_fit.supervisor.store.disk import Disk
 from elastic_fit.supervisor.store.folder import (
     NO_FENCE,
@@ -32,6 +32,7 @@ from elastic_fit.supervisor.store.generation import Fence, GenerationFence, Hold
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, surplus
+from elastic_fit.supervisor.store.staging import SaveFailed
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
 __all__ = [

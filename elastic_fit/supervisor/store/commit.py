@@ -19,7 +19,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from elastic_fit.supervisor.errors import StorageError
@@ -27,31 +26,14 @@ from elastic_fit.supervisor.store.disk import DELETING, Disk, exists, hidden_pat
 from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.leftovers import put_back, remove
 from elastic_fit.supervisor.store.manifest import Facts, FileEntry, Manifest, aside_name, check_relative, manifest_path
+from elastic_fit.supervisor.store.staging import Staging
 from elastic_fit.supervisor.store.stream import CHUNK_BYTES, DigestingStream
 from elastic_fit.supervisor.store.verify import remember
 
 if TYPE_CHECKING:
     from elastic_fit.supervisor.store.folder import Checkpoint
-    from elastic_fit.supervisor.store.objects import Url
 
 log = logging.getLogger("elastic_fit")
-
-
-class SaveFailed(StorageError):
-    """A checkpoint could not be written; the ones before it are as they were."""
-
-    def __init__(self, path: Path | Url, error: OSError) -> None:
-        super().__init__(
-            f"could not write {path}: {error.strerror or error}",
-            hint="the checkpoints before it are untouched; free some space or mend the storage",
-        )
-        self.path = str(path)
-        self.errno = error.errno
-
-    @property
-    def may_pass(self) -> bool:
-        """Whether the same save, with new files, may succeed at once."""
-        return self.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
 
 class DigestingFile(DigestingStream):
@@ -95,8 +77,8 @@ class DigestingFile(DigestingStream):
         return self._descriptor
 
 
-class Staged:
-    """A checkpoint that is being written. Leaving it as a context manager without `commit` removes what is there.
+class Staged(Staging[Path]):
+    """A checkpoint that is being written in a folder.
 
     Either `open` it as one file, or `mkdir` it and `open_part` the shards, on as many ranks as there are: others get
     at it with `CheckpointStore.join`.
@@ -113,25 +95,16 @@ class Staged:
         generation: int = 0,
         told: Callable[[int], None] = lambda _: None,
     ) -> None:
+        super().__init__(root, name, fence=fence, generation=generation)
         self.path = path
-        self._root = root
-        self._name = name
-        self._fence = fence
         self._disk = disk
-        self._generation = generation
         self._told = told
         self._files: list[DigestingFile] = []
         self._refused: OSError | None = None
-        self._committed = False
-
-    @property
-    def target(self) -> Path:
-        """The name it will have."""
-        return self._root / self._name
 
     @property
     def failure(self) -> OSError | None:
-        """What the disk said when it refused something to this process."""
+        """See `Staging`."""
         refused = [self._refused, *(file.failure for file in self._files)]
         return next((one for one in refused if one is not None), None)
 
@@ -265,20 +238,8 @@ class Staged:
                 if before is not None and _content(before) == _content(now):
                     remember(now, entry.digest)
 
-    def __enter__(self) -> Staged:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-        if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
-            # What the disk has said, whatever a serializer has made of it.
-            self._fence.check()
-            raise SaveFailed(self.target, self.failure) from error
-
     def discard(self) -> None:
-        """Remove what is staged, unless it was committed."""
+        """See `Staging`."""
         for file in self._files:
             with contextlib.suppress(OSError):
                 file.abandon()
@@ -287,15 +248,6 @@ class Staged:
         for path in (self.path, manifest_path(self.path)):
             with contextlib.suppress(OSError):
                 remove_tree(path, self._disk)
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        """What the disk refuses is a SaveFailed, or FencedOff where that is the reason."""
-        try:
-            yield
-        except OSError as error:
-            self._fence.check()
-            raise SaveFailed(self.target, error) from error
 
 
 @contextlib.contextmanager

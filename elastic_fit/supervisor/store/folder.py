@@ -9,11 +9,12 @@ from pathlib import Path
 
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import leftovers
-from elastic_fit.supervisor.store.commit import SaveFailed, Staged
+from elastic_fit.supervisor.store.commit import Staged
 from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, exists, hidden_path, make_folders, remove_tree
 from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.manifest import SUFFIX, Manifest, check_relative
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
+from elastic_fit.supervisor.store.staging import SaveFailed
 from elastic_fit.supervisor.store.trust import check_folder
 from elastic_fit.supervisor.store.verify import Verdict, verify
 

@@ -22,12 +22,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import xxhash
 
 from elastic_fit.supervisor.errors import FencedOff, StorageError
-from elastic_fit.supervisor.store.commit import SaveFailed
 from elastic_fit.supervisor.store.folder import NO_FENCE, Checkpoint, CheckpointStore
 from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.manifest import (
@@ -41,6 +39,7 @@ from elastic_fit.supervisor.store.manifest import (
     check_relative,
 )
 from elastic_fit.supervisor.store.objects import Objects, Url
+from elastic_fit.supervisor.store.staging import SaveFailed, Staging
 from elastic_fit.supervisor.store.stream import DigestingStream
 from elastic_fit.supervisor.store.verify import Verdict, judged
 
@@ -87,28 +86,19 @@ class ObjectStream(DigestingStream):
                 raise
 
 
-class RemoteStaged:
-    """A checkpoint that is being uploaded. Leaving it as a context manager without `commit` removes what is there."""
+class RemoteStaged(Staging[Url]):
+    """A checkpoint that is being uploaded."""
 
     def __init__(self, root: Url, name: str, objects: Objects, *, fence: Fence, generation: int, part: int) -> None:
-        self._root = root
-        self._name = name
+        super().__init__(root, name, fence=fence, generation=generation)
         self._objects = objects
-        self._fence = fence
-        self._generation = generation
         self._part_bytes = part
         self._stream: ObjectStream | None = None
         self._aside: str | None = None
-        self._committed = False
-
-    @property
-    def target(self) -> Url:
-        """The name it will have."""
-        return self._root / self._name
 
     @property
     def failure(self) -> OSError | None:
-        """What the store said when it refused something."""
+        """See `Staging`."""
         return self._stream.failure if self._stream else None
 
     def open(self) -> ObjectStream:
@@ -170,27 +160,6 @@ class RemoteStaged:
     def _is_there(self, manifest: Manifest) -> bool:
         """Whether the name has this manifest, and not that of another save."""
         return self._objects.read(self._name + SUFFIX, 0, MAX_BYTES) == manifest.to_bytes()
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        """What the store refuses is a SaveFailed, or FencedOff where that is the reason."""
-        try:
-            yield
-        except OSError as error:
-            self._fence.check()
-            raise SaveFailed(self.target, error) from error
-
-    def __enter__(self) -> RemoteStaged:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-        if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
-            # What the store has said, whatever a serializer has made of it.
-            self._fence.check()
-            raise SaveFailed(self.target, self.failure) from error
 
     def discard(self) -> None:
         """Remove what is staged, unless it was committed, or the name may be a newer generation's by now."""

@@ -1,0 +1,79 @@
+"""A checkpoint that is being written, wherever it goes: what holds in a folder and in an object store alike."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.store.generation import Fence
+from elastic_fit.supervisor.store.objects import Url
+
+Place = TypeVar("Place", Path, Url)
+
+
+class SaveFailed(StorageError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+    def __init__(self, path: Path | Url, error: OSError) -> None:
+        super().__init__(
+            f"could not write {path}: {error.strerror or error}",
+            hint="the checkpoints before it are untouched; free some space or mend the storage",
+        )
+        self.path = str(path)
+        self.errno = error.errno
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same save, with new files, may succeed at once."""
+        return self.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+
+
+class Staging(Generic[Place]):
+    """A checkpoint that is being written. Leaving it as a context manager without `commit` removes what is there."""
+
+    def __init__(self, root: Place, name: str, *, fence: Fence, generation: int) -> None:
+        self._root: Place = root
+        self._name = name
+        self._fence = fence
+        self._generation = generation
+        self._committed = False
+
+    @property
+    def target(self) -> Place:
+        """The name it will have."""
+        return self._root / self._name
+
+    @property
+    def failure(self) -> OSError | None:
+        """What storage said when it refused something to this process."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Remove what is staged, unless it was committed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+        if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
+            # What storage has said, whatever a serializer has made of it.
+            self._fence.check()
+            raise SaveFailed(self.target, self.failure) from error
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What storage refuses is a SaveFailed, or FencedOff where that is the reason."""
+        try:
+            yield
+        except OSError as error:
+            self._fence.check()
+            raise SaveFailed(self.target, error) from error
