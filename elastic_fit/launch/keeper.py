@@ -35,6 +35,7 @@ class Keeper:
         bounds: the limits.
         arbiter: where the roster lives.
         links: the connections; the keeper's thread owns them from here on.
+        is_guest: whether others have begun the job, and this node may leave it.
         clock: seconds, monotonic.
     """
 
@@ -46,10 +47,12 @@ class Keeper:
         links: Links,
         *,
         listening: ListeningClock,
+        is_guest: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.me = profile
         self.bounds = bounds
+        self.is_guest = is_guest
         self.changed = threading.Condition()
         self.move: Move = Wait(why="looking for the job")
         self.roster: Roster | None = None
@@ -61,6 +64,7 @@ class Keeper:
         self.ready = False
         self.report: Mapping[str, Any] | None = None
         self.stop: Mapping[str, Any] | None = None
+        self.leaves = False
         self.training = 0
 
         self._links = links
@@ -231,6 +235,8 @@ class Keeper:
             ready=self.ready,
             report=self._reported(),
             stop=self.stop,
+            leaves=self.leaves,
+            is_guest=self.is_guest,
             lasted_s=self._round_s,
             told_version=max((int((peer.state or {}).get("version", 0)) for peer in known.values()), default=0),
         )

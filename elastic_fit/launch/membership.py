@@ -37,8 +37,8 @@ class Change:
     """This round is over: what the agent does with its workers before it calls `Membership.next_rendezvous` again."""
 
     cause: Cause | None
-    """FINISHED: let them run to their end. JOIN and STOP: agree on a step and save (StopMode.SAVE). FAILED and LOST:
-    save what is whole (StopMode.RESCUE). None: this node is fenced off: end them at once."""
+    """FINISHED: let them run to their end. JOIN, LEAVE and STOP: agree on a step and save (StopMode.SAVE). FAILED and
+    LOST: save what is whole (StopMode.RESCUE). None: this node is fenced off: end them at once."""
     why: str
     """In a line, with the names of the nodes."""
     deadline_s: float | None = None
@@ -279,6 +279,16 @@ class ElasticRendezvous(RendezvousHandler):
         """Ask all nodes to stop: `StopRequest.note`."""
         self._set(stop=dict(note))
 
+    def leave(self) -> bool:
+        """Tell the others that this node leaves, if it is a guest among them; says whether it is."""
+        keeper = self._keeper
+        with keeper.changed:
+            roster = keeper.roster
+        if not keeper.is_guest or roster is None or len(roster.members) < 2:
+            return False
+        self._set(leaves=True)
+        return True
+
     # the rounds
 
     def _set(self, **wishes: Any) -> None:
@@ -401,6 +411,8 @@ def _why(roster: Roster) -> str:
         return f"{leader} misses {', '.join(names.get(node, node) for node in roster.lost)}"
     if roster.cause is Cause.STOP:
         return str(roster.note.get("why", "a stop was asked for"))
+    if roster.cause is Cause.LEAVE:
+        return f"{', '.join(names.get(node, node) for node in roster.lost)} leaves"
     told = {
         Cause.JOIN: "a node wants to join",
         Cause.FAILED: f"a worker failed on {leader}",

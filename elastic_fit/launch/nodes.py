@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -26,7 +27,7 @@ from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.goodput import Goodput, account
 from elastic_fit.supervisor.ledger import Ledger, read
 from elastic_fit.supervisor.pulse import ListeningClock
-from elastic_fit.supervisor.roster import Profile
+from elastic_fit.supervisor.roster import Profile, Roster
 from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store.generation import Holder, newest_generation, publish_generation
 from elastic_fit.supervisor.view import Bounds
@@ -59,11 +60,46 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
     Raises the ElasticFitError family for what a person can mend.
     """
     folder = RunDir(invocation.run_dir.resolve())
+    if invocation.is_guest:
+        found = _find_job(folder, invocation, console)
+        if isinstance(found, Status):
+            return found
+        identity = folder.create(command=sys.argv)
+        return _Node(invocation, console, nursery, folder, identity, guest_of=found).run()
     if invocation.fresh and not _others_run(folder, invocation):
         console.set_aside(folder.set_aside())
     job = invocation.job
     identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
     return _Node(invocation, console, nursery, folder, identity).run()
+
+
+def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> Roster | Status:
+    """The job that a guest is to take part in, or what its command ends with at once."""
+    from elastic_fit.launch.guest import find_job
+    from elastic_fit.launch.signals import SignalLatch
+
+    with SignalLatch() as latch:
+        found = find_job(
+            folder.root,
+            lambda: _newest_roster(folder, invocation),
+            latch,
+            patience_s=_bounds(invocation).patience_s,
+            clock=time.monotonic,
+            tell=console.line,
+        )
+        signals = latch.take()
+    if found is not None and not signals:
+        return found
+    return Status.INTERRUPTED if signal.SIGINT in signals else Status.TERMINATED if signals else Status.FINISHED
+
+
+def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
+    """What the job in this folder has agreed on last, if there ever was one. Raises ArbiterLost."""
+    if not folder.is_run():
+        return None
+    name = run_name(invocation, folder.read_identity())
+    found = arbiter_of(invocation, folder, name).read()
+    return Roster.parse(found[1]) if found is not None else None
 
 
 def _others_run(folder: RunDir, invocation: Invocation) -> bool:
@@ -98,11 +134,12 @@ def _is_new(arbiter: Arbiter) -> bool:
         return False
 
 
-def _bounds(invocation: Invocation) -> Bounds:
+def _bounds(invocation: Invocation, nodes: str = "") -> Bounds:
+    """The limits; `nodes` is how many nodes the job may have, where that isn't the command line's to say."""
     from torch.distributed.run import parse_min_max_nnodes
 
     args = invocation.torchrun
-    least, most = parse_min_max_nnodes(args.nnodes)
+    least, most = parse_min_max_nnodes(nodes or args.nnodes)
     config = invocation.rendezvous
     chosen = {field: config[key] for key, field in BOUND_OF.items() if key in config}
     return Bounds(least=least, most=most, **chosen)
@@ -117,6 +154,8 @@ class _Node:
     nursery: Nursery
     folder: RunDir
     identity: Identity
+    guest_of: Roster | None = None
+    """The job that others have begun, where this node is a guest in it."""
     _start: JobStart | None = None
     _waits_for: str = ""
     _tell_at_s: float = 0.0
@@ -125,18 +164,21 @@ class _Node:
         from elastic_fit.launch.signals import SignalLatch
 
         ledger = Ledger(self.folder.events)
+        if self.guest_of is not None:
+            ledger = ledger.bind(guest=True)
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
         self.nursery.preload(self.invocation.preload)
         self._start = job_start(self.invocation, self.folder, ledger, self.console)
         # The signals stay latched to the end: a node that is still putting its job back is not to be ended by one.
         with SignalLatch() as latch:
             status = self._take_part(ledger, latch)
-            if self._start is not None:
+            # A guest's own SLURM job only lends its nodes: it is the other one that is started again.
+            if self._start is not None and self.guest_of is None:
                 self._start.end(status)
         return status
 
     def _take_part(self, ledger: Ledger, latch: SignalLatch) -> Status:
-        if self._start is not None:
+        if self._start is not None and self.guest_of is None:
             self._start.begin()
         rendezvous = self._rendezvous()
         try:
@@ -153,6 +195,7 @@ class _Node:
     def _rendezvous(self) -> ElasticRendezvous:
         from torch.distributed.run import determine_local_world_size
 
+        from elastic_fit.launch.guest import adopt
         from elastic_fit.launch.keeper import LONGEST_GAP_S, Keeper
         from elastic_fit.launch.links import Links
         from elastic_fit.launch.membership import ElasticRendezvous
@@ -160,6 +203,9 @@ class _Node:
         args = self.invocation.torchrun
         name = run_name(self.invocation, self.identity)
         own_traits = traits(self.invocation, self.identity)
+        if self.guest_of is not None:
+            own_traits = adopt(own_traits, self.guest_of)
+        bounds = _bounds(self.invocation, own_traits["nodes"])
         arbiter = arbiter_of(self.invocation, self.folder, name)
         arbiter.check()
         port = self._port(own_traits, arbiter)
@@ -175,7 +221,8 @@ class _Node:
             wish=args.node_rank or None,
             traits=own_traits,
         )
-        keeper = Keeper(profile, _bounds(self.invocation), arbiter, links, listening=listening)
+        is_guest = self.guest_of is not None
+        keeper = Keeper(profile, bounds, arbiter, links, listening=listening, is_guest=is_guest)
         me = Holder.this_process()
         return ElasticRendezvous(
             keeper,
@@ -191,6 +238,8 @@ class _Node:
 
         args, job = self.invocation.torchrun, self.invocation.job
         chosen = int(self.invocation.rendezvous.get("port", 0))
+        if self.guest_of is not None:
+            return chosen  # it has met the job already
         if args.rdzv_endpoint and args.rdzv_backend not in ETCD_BACKENDS:
             endpoint = parse_endpoint(args.rdzv_endpoint)
             here = is_here(endpoint[0])
@@ -321,6 +370,7 @@ def interface_of(address: str) -> str | None:
 def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
     """What must be the same on all nodes of the job."""
     script = Path(invocation.script)
+    bounds = _bounds(invocation)
     digest = hashlib.sha256(script.read_bytes()).hexdigest()[:16] if script.is_file() else invocation.script
     return {
         "elastic_fit": importlib.metadata.version("elastic-fit"),
@@ -328,5 +378,6 @@ def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
         "python": ".".join(platform.python_version_tuple()[:2]),
         "script": digest,
         "run": identity.run_id,
+        "nodes": f"{bounds.least}:{bounds.most}",
         **(invocation.job.traits if invocation.job is not None else {}),
     }

@@ -83,6 +83,8 @@ class Invocation:
     job: Job | None = None
     """The SLURM job that this launcher is part of."""
     stop_file: Path | None = None
+    is_guest: bool = False
+    """This node comes to a job that others have begun in the run folder."""
 
 
 def parse_duration(text: str) -> float:
@@ -159,6 +161,7 @@ def _add_ours(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*spellings, default=default, **options)  # type: ignore[arg-type]
 
     add("--run-dir", metavar="DIR", help="Folder of the run (default runs/<script's name>).")
+    add("--join", metavar="DIR", help="Come to the job that trains in this run folder; begin none, and leave alone.")
     add("--fresh", action="store_true", help="Start over; an existing run folder is moved aside, never deleted.")
     add("--checkpoint-steps", type=_positive, metavar="N", help="Save every N optimizer steps.")
     add("--checkpoint-interval", type=parse_duration, default="5m", metavar="TIME", help="Save every 30s, 5m, 1h.")
@@ -282,6 +285,11 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str], *, not_ou
         raise UsageError(f"there is no script {script}", hint=_hint_for_missing(script))
     if parsed.max_restarts < 0:
         raise UsageError(f"--max-restarts {parsed.max_restarts} is below zero", hint="0 means no restart at all")
+    if parsed.join and (parsed.fresh or parsed.resume_from or parsed.run_dir not in (None, parsed.join)):
+        raise UsageError(
+            "--join and --run-dir, --fresh or --resume-from exclude each other",
+            hint="the job that is joined has all of that settled",
+        )
     job = Job.from_environment()
     if job is not None:
         job.check()
@@ -294,7 +302,7 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str], *, not_ou
         script_args=tuple(rest),
         module=bool(parsed.module),
         no_python=bool(parsed.no_python),
-        run_dir=Path(parsed.run_dir or Path("runs") / name),
+        run_dir=Path(parsed.join or parsed.run_dir or Path("runs") / name),
         fresh=parsed.fresh,
         settings=_settings(parsed),
         max_restarts=parsed.max_restarts,
@@ -310,6 +318,7 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str], *, not_ou
         rendezvous=config,
         job=job,
         stop_file=Path(parsed.stop_file).absolute() if parsed.stop_file else None,
+        is_guest=bool(parsed.join),
     )
 
 

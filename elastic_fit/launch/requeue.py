@@ -136,6 +136,7 @@ class JobStart:
 
     def _of_this_start(self, events: list[Event]) -> list[Event]:
         job = self.job.job_id
+        events = [one for one in events if not one.get("guest")]
         begun = [at for at, one in enumerate(events) if one.event == "incarnation" and one.get("job") == job]
         return events[begun[-1] if begun else 0 :]
 

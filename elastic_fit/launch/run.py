@@ -59,13 +59,13 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
 
 
 def _has_several_nodes(invocation: Invocation) -> bool:
-    """Whether membership holds the run, and no lock does: where more than one node may take part, and under SLURM.
+    """Whether membership holds the run, and no lock does: where several nodes may take part, for a guest, under SLURM.
 
     SLURM may start a job again elsewhere while this node's part of it still runs: membership ends the earlier start.
     """
     from torch.distributed.run import parse_min_max_nnodes
 
-    if invocation.job is not None:
+    if invocation.job is not None or invocation.is_guest:
         return True
     return parse_min_max_nnodes(invocation.torchrun.nnodes)[1] > 1 and not invocation.torchrun.standalone
 

@@ -6,6 +6,7 @@ The rules, from which the rest follows:
 - A round ends with a *gathering*: one leader, to whom every node that wants to go on connects and says that its own
   workers have ended. Only then does the leader form the next round, under the next generation.
 - A later start of the same job takes the place of an earlier one, whose nodes may still run somewhere.
+- A guest begins no job. It may leave, and the others go on without it.
 - A false alarm does no harm beyond the time it costs: who was taken for lost but connects to the leader is in again.
 - Nobody compares clocks. A peer is silent when the observer's own clock has run too long since the peer was heard.
 """
@@ -81,9 +82,11 @@ def decide(view: View) -> Move:
         return Fence(why="the arbiter of the job can't be reached")
     roster = view.roster
     if roster is None:
+        if view.is_guest:
+            return Wait(why="nobody has begun the job")
         return Propose(roster=_opening(view, version=1, round_=1, generation=0))
     if roster.phase is Phase.CLOSED:
-        if roster.version > view.born_version:
+        if roster.version > view.born_version or view.is_guest:
             return End()
         return Propose(roster=_opening(view, roster.version + 1, roster.round + 1, roster.generation))
     if roster.leading is not None and is_earlier_start(roster.leading.traits, view.me.traits):
@@ -210,6 +213,8 @@ def _run(view: View, roster: Roster) -> Move:
         return _call(view, roster, view.report)
     if view.stop is not None:
         return _call(view, roster, Cause.STOP)
+    if view.leaves:
+        return _call(view, roster, Cause.LEAVE, [view.me.node])
     if len(roster.members) < view.bounds.most and _newcomers_due(view, roster):
         return _call(view, roster, Cause.JOIN)
     return Train()
@@ -313,9 +318,11 @@ def _graver(view: View, roster: Roster) -> Propose | None:
     )
     note = roster.note or dict(view.stop or {})
     # A leader that can't be reached is the others' business as well: they take over, see `_gather`.
-    if (cause is roster.cause and note == roster.note) or gone == [roster.leader]:
+    says_goodbye = view.leaves and view.me.node not in roster.lost
+    if (cause is roster.cause and note == roster.note and not says_goodbye) or gone == [roster.leader]:
         return None
-    return Propose(roster=roster.after(cause=cause, note=note, lost=tuple(dict.fromkeys((*roster.lost, *gone)))))
+    lost = dict.fromkeys((*roster.lost, *gone, *([view.me.node] if says_goodbye else ())))
+    return Propose(roster=roster.after(cause=cause, note=note, lost=tuple(lost)))
 
 
 def _lead(view: View, roster: Roster) -> Move:
@@ -345,7 +352,8 @@ def _lead(view: View, roster: Roster) -> Move:
         members = (*members[:-1], view.me)  # the leader serves the round's store: it has a seat
     seated = {member.node for member in members}
     gone = tuple(member.name for member in roster.members if member.node not in seated)
-    flaps = count_flaps(roster.flaps, gone, lasted_s=view.lasted_s, settled_s=bounds.settled_s)
+    lost = () if roster.cause is Cause.LEAVE else gone
+    flaps = count_flaps(roster.flaps, lost, lasted_s=view.lasted_s, settled_s=bounds.settled_s)
     return Form(members=members, flaps=flaps, gone=gone)
 
 

@@ -34,11 +34,13 @@ class Cause(IntEnum):
     """The job begins."""
     JOIN = 2
     """Newcomers wait: stop at a clean boundary with a save, then go on together."""
-    STOP = 3
+    LEAVE = 3
+    """A node says goodbye: stop at a clean boundary with a save; the others go on from there."""
+    STOP = 4
     """Somebody asks the job to stop and save."""
-    FAILED = 4
+    FAILED = 5
     """A worker failed: survivors save what they hold."""
-    LOST = 5
+    LOST = 6
     """A node is gone: survivors save what they hold."""
 
 
@@ -172,6 +174,7 @@ TRAIT_NAMES = {
     "run": "run folder (id)",
     "job": "SLURM job",
     "start": "start of the job",
+    "nodes": "--nnodes",
 }
 """How each trait is called when a node is refused over it."""
 

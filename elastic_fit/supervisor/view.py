@@ -92,6 +92,10 @@ class View:
     """How this node's part of the current round has ended, if it has."""
     stop: Mapping[str, object] | None = None
     """The stop that somebody has asked this node for: its reason and the seconds it leaves."""
+    leaves: bool = False
+    """This node is about to leave; the others are to go on without it."""
+    is_guest: bool = False
+    """This node takes part in a job that others have begun; it begins none."""
     lasted_s: float = 0.0
     """How long the last round lasted, as far as this node was part of it."""
     told_version: int = 0

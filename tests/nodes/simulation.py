@@ -60,8 +60,10 @@ class Heard:
 class Host:
     """One node: its agent's state and its workers."""
 
-    def __init__(self, world: World, name: str, serial: int) -> None:
+    def __init__(self, world: World, name: str, serial: int, *, is_guest: bool = False) -> None:
         self.world = world
+        self.is_guest = is_guest
+        self.leaves = False
         self.profile = Profile(node=f"{name}-{serial}", name=name, address=name, port=1, workers=1)
         self.roster: Roster | None = None
         self.born = -1
@@ -97,6 +99,9 @@ class Host:
         self._look_at_arbiter()
         self._listen()
         self._end_workers_in_time()
+        if self.leaves and not self.training:
+            self.world.kill(self)
+            return
         self.last_move = decide(self.view())
         self._act(self.last_move)
 
@@ -172,6 +177,8 @@ class Host:
             peers={name: self._peer(name, heard) for name, heard in self.heard.items()},
             ready=not self.training,
             report=self.report,
+            leaves=self.leaves,
+            is_guest=self.is_guest,
             lasted_s=10.0,
             told_version=self.told,
         )
@@ -253,9 +260,9 @@ class World:
         self._dials: dict[str, set[str]] = {}
         self._serial = 0
 
-    def add(self, name: str) -> Host:
+    def add(self, name: str, *, is_guest: bool = False) -> Host:
         self._serial += 1
-        host = Host(self, name, self._serial)
+        host = Host(self, name, self._serial, is_guest=is_guest)
         self.hosts[host.node] = host
         self.profiles[host.node] = host.profile
         return host

@@ -7,7 +7,7 @@ from collections import defaultdict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastic_fit.supervisor.roster import Phase
+from elastic_fit.supervisor.roster import Cause, Phase
 from elastic_fit.supervisor.view import Bounds
 from tests.nodes.simulation import World
 
@@ -154,8 +154,33 @@ def test_failed_worker_ends_the_round_for_all_and_all_come_back() -> None:
     assert world.cell.history[-1].members == before.members
 
 
+def test_guest_that_comes_first_begins_no_job() -> None:
+    world = World(Bounds(least=1, most=4))
+    world.add("h1", is_guest=True)
+    world.run(60, check_truths)
+    assert world.cell.history == []
+    world.add("h2")
+    world.run_until(lambda w: w.trains_with(2), 15)
+
+
+def test_guests_that_leave_end_with_the_others_and_have_not_been_lost() -> None:
+    world = formed(1, 4, NAMES[:2])
+    for _ in range(2):
+        guests = [world.add(name, is_guest=True) for name in ("h3", "h4")]
+        world.run_until(lambda w: w.trains_with(4), 30)
+        for guest in guests:
+            guest.leaves = True
+        assert world.run_until(lambda w: w.trains_with(2), 30) < 5
+        gathering = next(roster for roster in reversed(world.cell.history) if roster.phase is Phase.GATHERING)
+        assert gathering.cause is Cause.LEAVE
+        assert set(gathering.lost) == {guest.node for guest in guests}
+    assert world.cell.history[-1].flaps == {}
+    check_truths(world)
+
+
+KINDS = ("kill", "start", "guest", "leave", "isolate", "cut", "heal", "blind", "see", "pause", "wake", "fail")
 EVENT = st.tuples(
-    st.sampled_from(("kill", "start", "isolate", "cut", "heal", "blind", "see", "pause", "wake", "fail")),
+    st.sampled_from(KINDS),
     st.sampled_from(NAMES),
     st.sampled_from(NAMES),
     st.floats(min_value=0.0, max_value=8.0),
@@ -167,6 +192,8 @@ def apply(world: World, event: tuple[str, str, str, float]) -> None:
     host = world.named(name)
     if kind == "start" and host is None:
         world.add(name)
+    elif kind == "guest" and host is None:
+        world.add(name, is_guest=True)
     elif kind == "isolate":
         world.cut |= {frozenset((name, peer)) for peer in NAMES if peer != name}
     elif kind == "cut" and name != other:
@@ -187,6 +214,8 @@ def apply(world: World, event: tuple[str, str, str, float]) -> None:
         host.paused = False
     elif kind == "fail":
         host.fail()
+    elif kind == "leave":
+        host.leaves = True
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -210,10 +239,9 @@ def test_whatever_happens_there_is_one_world_and_progress_once_it_is_over(
     world.blind.clear()
     for host in world.living():
         host.paused = False
-    for name in NAMES[:3]:
-        if world.named(name) is None:
-            world.add(name)
-    expected = min(4, len(world.living()))
+    stays = {host.profile.name for host in world.living() if not host.leaves}
+    for name in sorted(set(NAMES[:3]) - stays):
+        world.add(name)
     # The longest put-off that twelve events can earn, and then some.
-    world.run_until(lambda w: w.trains_with(expected), 400)
+    world.run_until(lambda w: w.trains_with(min(4, sum(not host.leaves for host in w.living()))), 400)
     check_truths(world)

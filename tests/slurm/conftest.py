@@ -32,24 +32,26 @@ class Story:
         self.slurm = slurm
         self.folder = folder
         self.job = ""
+        self._arguments: tuple[str, ...] = ()
+        """The script's."""
+        self.lent: list[str] = []
+        """Further jobs that were submitted to add nodes to this one."""
         folder.mkdir(exist_ok=True)
 
     def submit(self, *flags: str, steps: int, step_s: float = STEP_S) -> None:
         """``elastic-fit slurm --submit``, as a user types it."""
-        said = self.slurm.command(
-            COMMAND,
-            "slurm",
-            FIT,
-            "--partition=low",
-            "--submit",
-            *flags,
-            str(self.folder),
-            str(steps),
-            str(step_s),
-            cwd=self.folder,
-            env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": ""},
-        )
-        self.job = said.strip()
+        self._arguments = (str(self.folder), str(steps), str(step_s))
+        self.job = self._submit(*flags)
+
+    def submit_more(self, *flags: str) -> str:
+        """The same, for nodes that are added to the job; returns the id of the job that lends them."""
+        self.lent.append(self._submit("--join", f"runs/fit-{self.job}", *flags))
+        return self.lent[-1]
+
+    def _submit(self, *flags: str) -> str:
+        command = (COMMAND, "slurm", FIT, "--partition=low", "--submit", *flags, *self._arguments)
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": ""}
+        return self.slurm.command(*command, cwd=self.folder, env=environment).strip()
 
     def submit_script(self, text: str, *options: str) -> None:
         """``sbatch`` of a user's own script."""
@@ -57,6 +59,14 @@ class Story:
         path.write_text(f"#!/bin/bash\n{text}\n")
         said = self.slurm.command("sbatch", "--parsable", "--partition=low", *options, str(path), cwd=self.folder)
         self.job = said.strip()
+
+    def end_soon(self) -> int:
+        """Have the training end in a second or so; returns the last step."""
+        last: int = max(step["step"] for step in self.steps()) + 25
+        temporary = self.folder / "last-step.tmp"
+        temporary.write_text(str(last))
+        temporary.rename(self.folder / "last-step")
+        return last
 
     # what is seen
 
@@ -134,5 +144,5 @@ def slurm() -> Iterator[Slurm]:
 def story(slurm: Slurm, tmp_path: Path) -> Iterator[Story]:
     story = Story(slurm, tmp_path / "job")
     yield story
-    if story.job:
-        slurm.command("scancel", "--quiet", story.job)
+    for job in filter(None, (story.job, *story.lent)):
+        slurm.command("scancel", "--quiet", job)

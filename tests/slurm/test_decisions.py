@@ -127,6 +127,16 @@ def test_job_of_a_fixed_size_is_replaced_by_slurm_rather_than_shrunk() -> None:
     assert "--no-kill" not in script(plan([__file__, "--nodes", "2"])[1])
 
 
+def test_batch_script_that_lends_nodes_to_a_job_says_where_it_trains_and_never_goes_back_into_the_queue() -> None:
+    text = script(plan([__file__, "--join", "runs/train-123", "--nodes", "2"])[1])
+    options = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert options >= {"--nodes=2", "--no-requeue", "--no-kill", "--signal=B:USR1@120"}
+    assert f"export ELASTIC_FIT_JOIN={Path.cwd()}/runs/train-123" in text
+    assert "PET_NNODES" not in text
+    with pytest.raises(UsageError, match="--join and --array"):
+        plan([__file__, "--join", "runs/train-123", "--array", "0-1"])
+
+
 def test_what_follows_two_dashes_is_the_scripts_own() -> None:
     _, batch = plan([__file__, "--nodes", "2", "--", "--nodes", "9"])
     assert batch.command[-3:] == ("--", "--nodes", "9")

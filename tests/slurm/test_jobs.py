@@ -14,6 +14,8 @@ from tests.slurm.conftest import COMMAND, FIT, STEP_S, Story
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
+ENDLESS = 100_000
+"""Steps of a job that the test ends."""
 TIMED_STEPS = 2000
 """More than a start can do within its two minutes."""
 
@@ -139,6 +141,37 @@ def test_nodes_that_slurm_takes_back_and_that_crash_are_losses_like_any_other(st
     story.assert_each_step_once(500)
     assert story.restarts == 0, "the job has gone on without being started again"
     assert list(dict.fromkeys(step["world"] for step in story.steps())) == [3, 2, 1]
+
+
+def test_nodes_that_a_further_job_adds_are_joins_and_its_end_is_nobodys_loss(story: Story) -> None:
+    story.submit("--nodes=1-3", "--sbatch=--nodes=1", steps=ENDLESS)
+    story.wait_until(lambda: story.trains(world=1))
+    lent = story.submit_more("--nodes=2")
+    story.wait_until(lambda: story.trains(world=3))
+    story.slurm.command("scancel", lent)
+    story.wait_until(lambda: [step["world"] for step in story.steps()][-1] == 1)
+    story.wait_until(lambda: story.slurm.job(lent)["JobState"] == "CANCELLED")
+    last = story.end_soon()
+    story.finish()
+    story.assert_each_step_once(last)
+    assert list(dict.fromkeys(step["world"] for step in story.steps())) == [1, 3]
+    assert (story.requeues(), story.restarts) == ([], 0)
+
+
+def test_job_goes_back_into_the_queue_for_its_own_reasons_alone(story: Story) -> None:
+    story.submit("--nodes=1-2", "--sbatch=--nodes=1", "--time=10", steps=ENDLESS)
+    story.wait_until(lambda: story.trains(world=1))
+    lent = story.submit_more()
+    story.wait_until(lambda: story.trains(world=2))
+    story.slurm.command("scancel", lent)
+    story.wait_until(lambda: [step["world"] for step in story.steps()][-1] == 1)
+    story.slurm.command("scancel", "--batch", "--signal=USR1", story.job)
+    story.wait_until(lambda: story.trains(world=1, starts=2))
+    last = story.end_soon()
+    story.finish()
+    story.assert_each_step_once(last)
+    assert story.requeues() == [("requeue", "timeout")], "not what has ended the other job"
+    assert story.causes() == [None, "timeout"]
 
 
 def test_srun_in_a_script_of_ones_own_finds_everything_in_the_environment(story: Story) -> None:

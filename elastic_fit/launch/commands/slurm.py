@@ -17,6 +17,12 @@ from elastic_fit.launch.render import Console
 from elastic_fit.launch.slurm import SlurmUnavailable
 from elastic_fit.supervisor.errors import UsageError
 
+OF_ITS_OWN = """\
+# One launcher per node. srun takes the place of this shell: the warning before the time limit reaches it, and it passes
+# signals on to the launchers. They save, stop together, and one of them puts the job back into the queue."""
+OF_GUESTS = """\
+# One launcher per node. srun takes the place of this shell: the warning before the time limit reaches it, and it passes
+# signals on to the launchers. They leave the job that they have joined; it saves with them and goes on without them."""
 WARNING_S = 120
 """How long before the time limit the job is told; SLURM's warning may be up to a minute early."""
 
@@ -35,6 +41,8 @@ class Batch:
     """The launcher's command line."""
     is_elastic: bool
     """The job goes on with fewer nodes; otherwise it is SLURM that replaces a lost one, by starting the job again."""
+    comment: str
+    """What a reader of the script should know of the launch."""
 
 
 def script(batch: Batch) -> str:
@@ -46,8 +54,7 @@ def script(batch: Batch) -> str:
 {options}
 
 {setup}export {exports}
-# One launcher per node. srun takes the place of this shell: the warning before the time limit reaches it, and it passes
-# signals on to the launchers. They save, stop together, and one of them puts the job back into the queue.
+{batch.comment}
 exec srun --ntasks-per-node=1 {"--no-kill " if batch.is_elastic else ""}--kill-on-bad-exit=0 \\
   {shlex.join(batch.command)}
 """
@@ -89,6 +96,7 @@ def _parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--nodes", default="1", metavar="MIN[-MAX]", help="how many nodes (default 1)")
+    add("--join", metavar="DIR", help="lend these nodes to the job that trains in this run folder (docs/slurm.md)")
     add("--time", metavar="LIMIT", help="time limit of each start of the job, such as 4:00:00")
     add("--partition", metavar="NAME", help="partition")
     add("--account", metavar="NAME", help="account")
@@ -113,14 +121,19 @@ def plan(argv: Sequence[str]) -> tuple[argparse.Namespace, Batch]:
     target, is_module = find_script(rest)
     stem = target.rpartition(".")[2] if is_module else Path(target).stem
     least, most = _nodes(own.nodes)
+    if own.join and own.array:
+        raise UsageError("--join and --array exclude each other", hint="--nodes N adds N nodes to the job")
     if own.signal_before <= 0:
         raise UsageError(f"--signal-before {own.signal_before} is not above zero", hint="seconds, such as 120")
+    is_elastic = bool(own.join) or least < most
+    whose = {"ELASTIC_FIT_JOIN": str(Path(own.join).absolute())} if own.join else {"PET_NNODES": f"{least}:{most}"}
     return own, Batch(
-        options=_options(own, stem, is_elastic=least < most),
+        options=_options(own, stem, is_elastic=is_elastic),
         setup=tuple(own.setup),
-        environment={"PET_NNODES": f"{least}:{most}", "ELASTIC_FIT_GRACE": str(own.signal_before)},
+        environment={**whose, "ELASTIC_FIT_GRACE": str(own.signal_before)},
         command=(*_executable(), *rest),
-        is_elastic=least < most,
+        is_elastic=is_elastic,
+        comment=OF_GUESTS if own.join else OF_ITS_OWN,
     )
 
 
@@ -143,7 +156,7 @@ def _options(own: argparse.Namespace, stem: str, *, is_elastic: bool) -> tuple[s
         *(f"--{key}={value}" for key, value in asked.items() if value),
         f"--output={name}-{'%A-%a' if own.array else '%j'}.log",
         "--open-mode=append",
-        "--requeue",
+        "--no-requeue" if own.join else "--requeue",
         *(["--no-kill"] if is_elastic else []),
         f"--signal=B:USR1@{own.signal_before}",
         *own.sbatch,

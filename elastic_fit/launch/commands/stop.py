@@ -90,7 +90,8 @@ def stop(folder: RunDir, *, save: bool, wait: bool, pause: Callable[[float], Non
 
 def is_running(events: Sequence[Event]) -> bool:
     """Whether a launcher has started and none has said since then that it ended."""
-    marks = [one.event for one in events if one.event in ("start", "finish")]
+    # A guest comes and goes while the run does neither.
+    marks = [one.event for one in events if one.event in ("start", "finish") and not one.get("guest")]
     return bool(marks) and marks[-1] == "start"
 
 
