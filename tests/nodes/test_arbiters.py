@@ -165,26 +165,73 @@ def test_of_eight_nodes_that_want_to_decide_in_etcd_one_does_also_after_its_rest
     assert arbiter.store(12, document(12))
 
 
+class EtcdHost:
+    """A real etcd on one of the hosts, which is there for nothing else."""
+
+    def __init__(self, hosts: Cluster, host: str) -> None:
+        self._hosts = hosts
+        urls = ("--listen-client-urls", "http://0.0.0.0:2379", "--advertise-client-urls", f"http://{host}:2379")
+        folder = str(hosts.folder / "etcd")
+        self._command = ("exec", host, "etcd", "--enable-v2", "--data-dir", folder, "--log-level", "error", *urls)
+        self.flags = ("--rdzv-backend", "etcd-v2", "--rdzv-endpoint", f"{host}:2379")
+        self.start()
+
+    def start(self) -> None:
+        self._process = self._hosts.spawn(*self._command)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 @pytest.mark.system
 @pytest.mark.slow
-def test_etcd_dies_and_nobody_stops_and_when_it_is_back_a_host_may_die(hosts: Cluster, tmp_path: Path) -> None:
-    start = ("exec", "h3", "etcd", "--enable-v2", "--data-dir", str(tmp_path / "etcd"), "--log-level", "error")
-    urls = ("--listen-client-urls", "http://0.0.0.0:2379", "--advertise-client-urls", "http://10.77.0.3:2379")
-    server = hosts.spawn(*start, *urls)
-    flags = ("--rdzv-backend", "etcd-v2", "--rdzv-endpoint", "h3:2379")
-    started = [hosts.launch(host, flags=flags) for host in ("h1", "h2")]
+def test_etcd_dies_and_nobody_stops_and_when_it_is_back_a_host_may_die(hosts: Cluster) -> None:
+    etcd = EtcdHost(hosts, "h3")
+    started = [hosts.launch(host, flags=etcd.flags) for host in ("h1", "h2")]
     hosts.wait_until(lambda: hosts.trains_with(2))
-    server.kill()
+    etcd.kill()
     down = time.time()
     time.sleep(9)  # longer than any node may be out of reach of the arbiter when only it is
     assert hosts.trains_with(2, after=down + 8), hosts.story()
     assert hosts.worlds() == [2]
-    hosts.spawn(*start, *urls)
+    etcd.start()
     hosts.wait_until(lambda: hosts.answers("h1", "http://h3:2379/version"))
     killed = time.time()
     hosts.kill_host("h2")
     assert hosts.wait_until(lambda: hosts.trains_with(1, after=killed)) < 5, hosts.story()
     came = time.time()
-    newcomer = hosts.launch("h4", flags=flags)
+    newcomer = hosts.launch("h4", flags=etcd.flags)
     hosts.wait_until(lambda: hosts.trains_with(2, after=came))
     assert_it_ends_well(hosts, started[0], newcomer, server="h3")
+
+
+@pytest.mark.system
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("muted", "goes_on"),
+    [
+        ((("h1", "h3"), ("h2", "h3")), ("h1", "h2")),
+        ((("h1", "h3"), ("h2", "h3"), ("h4", "h3")), ("h1", "h2")),
+        ((("h1", "h3"), ("h2", "h3"), ("h4", "h1"), ("h4", "h2")), ("h3",)),
+    ],
+    ids=["both sides see etcd", "the smaller side does not", "the larger side does not"],
+)
+def test_of_two_sides_of_a_cut_one_that_sees_etcd_goes_on(
+    hosts: Cluster, muted: tuple[tuple[str, str], ...], goes_on: tuple[str, ...]
+) -> None:
+    etcd = EtcdHost(hosts, "h4")
+    started = [hosts.launch(host, flags=etcd.flags) for host in ("h1", "h2", "h3")]
+    hosts.wait_until(lambda: hosts.trains_with(3))
+    cut = time.time()
+    ways = [way for one, other in muted for way in ((one, other), (other, one))]
+    for way in ways:
+        hosts.hosts("mute", *way)
+    hosts.wait_until(lambda: hosts.trains_with(len(goes_on), after=cut))
+    went_on = time.time()
+    time.sleep(6)  # the time in which the other side would begin
+    assert {step["host"] for step in hosts.steps() if step["t"] > went_on} == set(goes_on), hosts.story()
+    for way in ways:
+        hosts.hosts("unmute", *way)
+    healed = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(3, after=healed))
+    assert_it_ends_well(hosts, *started, server="h4")
