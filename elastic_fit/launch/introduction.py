@@ -25,7 +25,7 @@ DIAL_S = 2.0
 PAUSE_S = 0.5
 ASKED = 8
 """How many nodes are asked before a job is taken for gone."""
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long a node whose run folder is empty looks for the endpoint before it begins the job itself."""
 
 

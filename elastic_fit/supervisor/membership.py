@@ -237,7 +237,9 @@ def _hesitation_s(view: View, roster: Roster, gone: list[str]) -> float:
 
 def _newcomers_due(view: View, roster: Roster) -> bool:
     waiting = [peer.waited_s for peer in _newcomers(view, roster)]
-    return bool(waiting) and max(waiting) >= view.bounds.join_s
+    outside = [peer for node, peer in view.peers.items() if not roster.seats(node) and not is_gone(peer, view.bounds)]
+    is_more_to_come = any(peer.up and peer.refusal is None and peer.ready_for is None for peer in outside)
+    return bool(waiting) and max(waiting) >= (view.bounds.warming_s if is_more_to_come else view.bounds.join_s)
 
 
 def _newcomers(view: View, roster: Roster) -> list[Peer]:

@@ -27,6 +27,8 @@ class Bounds:
     """At the start of a job: how long after an arrival another one is waited for."""
     join_s: float = 0.5
     """How long a newcomer waits for more newcomers, so that they cause one change together."""
+    warming_s: float = 5.0
+    """How long it waits for others that are here already and still import."""
     settled_s: float = 300.0
     """A round longer than this forgives earlier losses."""
     patience_s: float = 600.0

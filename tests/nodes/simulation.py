@@ -64,6 +64,8 @@ class Host:
         self.world = world
         self.is_guest = is_guest
         self.leaves = False
+        self.warm_at = world.now
+        """When its imports are done."""
         self.profile = Profile(node=f"{name}-{serial}", name=name, address=name, port=1, workers=1)
         self.roster: Roster | None = None
         self.born = -1
@@ -89,7 +91,7 @@ class Host:
 
     @property
     def ready_for(self) -> int | None:
-        return None if self.training else next_round(self.roster)
+        return None if self.training or self.world.now < self.warm_at else next_round(self.roster)
 
     # one tick
 
@@ -175,7 +177,7 @@ class Host:
             phase_s=world.now - self.phase_since,
             arbiter_age_s=world.now - self.arbiter_last,
             peers={name: self._peer(name, heard) for name, heard in self.heard.items()},
-            ready=not self.training,
+            ready=not self.training and world.now >= self.warm_at,
             report=self.report,
             leaves=self.leaves,
             is_guest=self.is_guest,

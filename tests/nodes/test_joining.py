@@ -138,7 +138,7 @@ def test_node_that_sees_another_folder_is_refused_by_name_and_trains_nothing(hos
     lost = hosts.run("h2", *endpoint, "--nnodes", "1:4", "--run-dir", str(tmp_path / "mine"), str(TRAIN), *ARGUMENTS)
     hosts.wait_until(lambda: lost.told("the run folder is empty: looking for h1:29400"))
     hosts.launch("h1", script=TRAIN, flags=endpoint)
-    assert lost.process.wait(30) == 1
+    assert lost.process.wait(90) == 1
     assert lost.told("h2 can't be part of the job of h1:29400: it has run folder (id)"), lost.text()
     hosts.wait_until(lambda: hosts.trains_with(1))
     assert {step["host"] for step in hosts.steps()} == {"h1"}

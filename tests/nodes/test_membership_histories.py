@@ -94,6 +94,15 @@ def test_two_newcomers_at_once_cause_one_change() -> None:
     assert world.cell.history[-1].round == rounds + 1
 
 
+def test_newcomer_that_is_ready_waits_for_one_that_still_imports_but_not_for_long() -> None:
+    for imports_s, worlds in ((3.0, [2, 4]), (12.0, [2, 3, 4])):
+        world = formed(1, 4, NAMES[:2])
+        world.add("h3")
+        world.add("h4").warm_at = world.now + imports_s
+        world.run_until(lambda w: w.trains_with(4), 60)
+        assert [len(roster.members) for roster in world.cell.history if roster.phase is Phase.RUNNING] == worlds
+
+
 def test_spare_takes_the_seat_of_a_lost_node() -> None:
     world = formed(2, 2, NAMES[:3])
     seated = world.hosts[world.cell.history[-1].members[1].node]
@@ -188,12 +197,12 @@ EVENT = st.tuples(
 
 
 def apply(world: World, event: tuple[str, str, str, float]) -> None:
-    kind, name, other, _ = event
+    kind, name, other, wait_s = event
     host = world.named(name)
     if kind == "start" and host is None:
         world.add(name)
     elif kind == "guest" and host is None:
-        world.add(name, is_guest=True)
+        world.add(name, is_guest=True).warm_at = world.now + wait_s
     elif kind == "isolate":
         world.cut |= {frozenset((name, peer)) for peer in NAMES if peer != name}
     elif kind == "cut" and name != other:
