@@ -1,7 +1,7 @@
 """A LightningCLI script: arguments and a YAML file say what is trained.
 
 elastic-fit examples/cli_app.py fit --config examples/cli_app.yaml
-elastic-fit --nproc-per-node 2 examples/cli_app.py fit --config examples/cli_app.yaml --model.lr 0.05
+elastic-fit --fresh --nproc-per-node 2 examples/cli_app.py fit --config examples/cli_app.yaml --model.lr 0.05
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A small character-level GPT, trained on the source text of the Python standard library found on this machine.
 
     elastic-fit examples/gpt.py --nproc-per-node 2 --checkpoint-interval 30s
-    elastic-fit examples/gpt.py --nproc-per-node 2 --steps 2000 --width 128
+    elastic-fit examples/gpt.py --nproc-per-node 2 --fresh --steps 2000 --width 128     another model starts over
 
 A plain Lightning script: nothing of elastic-fit in it.
 """

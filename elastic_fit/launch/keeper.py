@@ -110,6 +110,12 @@ class Keeper:
             raise ArbiterLost(f"the arbiter did not answer within {timeout_s:.0f} s") from error
         return stored
 
+    @property
+    def unanswered(self) -> str:
+        """Why the arbiter did not answer the last time that it was asked; empty where it did."""
+        failure = self._contact.failure
+        return failure.message if failure is not None else ""
+
     def close(self) -> None:
         """Leave: hang up, and take this node's counter away."""
         self._closed = True
@@ -160,6 +166,10 @@ class Keeper:
             self._drain()
             now = self._listening.tick(self._clock())
             if self._contact.first_version is None:
+                if now - self._heard_arbiter_s >= self.bounds.patience_s:
+                    raise self._contact.failure or ArbiterLost(
+                        "the arbiter of the job has never answered", hint="look at --rdzv-endpoint and who is there"
+                    )
                 continue
             with self.changed:
                 self._note_roster(now)

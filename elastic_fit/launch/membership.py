@@ -315,7 +315,8 @@ class ElasticRendezvous(RendezvousHandler):
                     return move, roster
                 keeper.changed.wait(0.5)
             if self.idle is not None:
-                self.idle(str(move) if isinstance(move, Wait) else getattr(move, "why", ""))
+                why = str(move) if isinstance(move, Wait) else getattr(move, "why", "")
+                self.idle("; ".join(filter(None, (why, keeper.unanswered))))
 
     def _try_to_form(self, move: Form, roster: Roster) -> int:
         """`_form`, and again after a while where the arbiter was lost over it: it comes back, or shows who decided."""

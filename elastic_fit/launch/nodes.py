@@ -23,6 +23,7 @@ from elastic_fit.launch.closing import close
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
+from elastic_fit.supervisor.errors import PortTaken
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.goodput import Goodput, account
 from elastic_fit.supervisor.ledger import Ledger, read
@@ -210,7 +211,10 @@ class _Node:
         arbiter.check()
         port = self._port(own_traits, arbiter)
         listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
-        links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
+        try:
+            links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
+        except OSError as error:
+            raise PortTaken.by("port", port, error) from error
         host = (self.invocation.job.node if self.invocation.job else "") or socket.gethostname()
         profile = Profile(
             node=f"{host}-{os.getpid()}-{secrets.token_hex(3)}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,18 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from torch.distributed.elastic.multiprocessing import Std
-from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
+from torch.distributed.run import get_args_parser
 
-from elastic_fit.launch._torchelastic import event_log_handlers
+from elastic_fit.launch.checks import check_backend, check_nodes, check_ports, check_workers, rendezvous_config
 from elastic_fit.launch.commands import COMMANDS
-from elastic_fit.launch.etcd import ETCD_BACKENDS
 from elastic_fit.launch.slurm import Job
 from elastic_fit.supervisor.context import Settings
 from elastic_fit.supervisor.errors import UsageError
 
 DEFAULT_MAX_RESTARTS = 3
-BACKENDS = ("static", "c10d", *ETCD_BACKENDS)
 ENVIRONMENT_PREFIX = "ELASTIC_FIT_"
 OTHER_HELP = {
     "max_restarts": "Failures in a row without progress that are answered with a restart "
@@ -43,13 +39,15 @@ OTHER_HELP = {
 }
 """What torchrun's flags mean here, where that is not what they mean to torchrun."""
 WITHOUT_EFFECT = {
-    "--numa-binding": "numa_binding",
-    "--logs-specs": "logs_specs",
-    "--duplicate-stdout-filters": "duplicate_stdout_filters",
-    "--duplicate-stderr-filters": "duplicate_stderr_filters",
+    "--numa-binding": None,
+    "--logs-specs": None,
+    "--duplicate-stdout-filters": "",
+    "--duplicate-stderr-filters": "",
+    "--start-method": "spawn",
+    "--monitor-interval": 0.1,
+    "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
 }
-RENDEZVOUS_LIMITS = {"silence": 2.1, "port": 0.0, "last_call_timeout": 0.0, "join_timeout": 0.0}
-"""The keys of ``--rdzv-conf`` that mean something here, and the least of each: a silence spans several beats."""
+"""Torchrun's flags that change nothing here, and torchrun's defaults, which nobody has to be told of."""
 ALIKE = 0.75
 """How much like a flag an unknown one must be (difflib's ratio) to be taken for a slip."""
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -275,10 +273,11 @@ def _unknown(flag: str, parser: _Parser) -> UsageError:
 
 
 def _checked(parsed: argparse.Namespace, script: str, rest: list[str], *, not_ours: tuple[str, ...]) -> Invocation:
-    _check_nodes(parsed.nnodes)
-    _check_backend(parsed.rdzv_backend)
-    _check_workers(parsed)
-    config = _rendezvous_config(parsed.rdzv_conf)
+    check_nodes(parsed.nnodes)
+    check_backend(parsed.rdzv_backend)
+    check_ports(parsed)
+    check_workers(parsed)
+    config = rendezvous_config(parsed.rdzv_conf)
     if parsed.module and parsed.no_python:
         raise UsageError("-m and --no-python exclude each other", hint="-m runs a Python module")
     if not parsed.module and not parsed.no_python and not Path(script).is_file():
@@ -312,7 +311,9 @@ def _checked(parsed: argparse.Namespace, script: str, rest: list[str], *, not_ou
         resume_from=Path(parsed.resume_from) if parsed.resume_from else None,
         force=parsed.force,
         without_effect=tuple(
-            flag for flag, name in WITHOUT_EFFECT.items() if getattr(parsed, name, None) not in (None, [], "")
+            flag
+            for flag, default in WITHOUT_EFFECT.items()
+            if getattr(parsed, flag[2:].replace("-", "_"), default) not in (default, [])
         ),
         not_ours=not_ours,
         rendezvous=config,
@@ -342,69 +343,6 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         strict_data=parsed.strict_data,
         load_unsafe=parsed.load_unsafe,
     )
-
-
-def _check_nodes(text: str) -> None:
-    try:
-        least, most = parse_min_max_nnodes(text)
-    except (ValueError, RuntimeError):
-        raise UsageError(f"--nnodes {text} is not a number or MIN:MAX", hint="for example --nnodes 1:4") from None
-    if not 0 < least <= most:
-        raise UsageError(
-            f"--nnodes {text}: the minimum must be above zero and not above the maximum",
-            hint="write MIN:MAX, for example --nnodes 1:4",
-        )
-
-
-def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
-        raise UsageError(f"there is no rendezvous backend {name}", hint=f"one of {', '.join(BACKENDS)}")
-
-
-def _rendezvous_config(text: str) -> dict[str, float]:
-    """The numbers in ``--rdzv-conf`` that mean something here; torchrun's other keys are let pass."""
-    numbers: dict[str, float] = {}
-    for pair in filter(None, text.split(",")):
-        key, has_value, value = (part.strip() for part in pair.partition("="))
-        least = RENDEZVOUS_LIMITS.get(key)
-        if not has_value:
-            raise UsageError(f"--rdzv-conf {text}: {pair} is not KEY=VALUE", hint="for example silence=8,port=29500")
-        if least is None:
-            continue
-        try:
-            numbers[key] = float(value)
-        except ValueError:
-            numbers[key] = math.nan
-        if not numbers[key] >= least:
-            raise UsageError(
-                f"--rdzv-conf {pair} is not a number from {least:g}", hint="elastic-fit --help explains it"
-            )
-    return numbers
-
-
-def _check_workers(parsed: argparse.Namespace) -> None:
-    """What torchrun would only find out later, or not at all."""
-    try:
-        workers = determine_local_world_size(parsed.nproc_per_node)
-    except ValueError as error:
-        raise UsageError(f"--nproc-per-node {parsed.nproc_per_node}: {error}", hint="a number, auto or cpu") from None
-    if workers < 1:
-        raise UsageError(f"--nproc-per-node {parsed.nproc_per_node} is not above zero", hint="a number, auto or cpu")
-    for flag in ("redirects", "tee"):
-        try:
-            Std.from_str(getattr(parsed, flag))
-        except ValueError:
-            hint = f"0 none, 1 stdout, 2 stderr, 3 both; or by local rank: --{flag} 0:3,1:1"
-            raise UsageError(f"--{flag} {getattr(parsed, flag)} names no streams", hint=hint) from None
-    if not re.fullmatch(r"\d+(,\d+)*|", parsed.local_ranks_filter):
-        raise UsageError(
-            f"--local-ranks-filter {parsed.local_ranks_filter} is not a list of ranks", hint="for example 0,1"
-        )
-    if parsed.event_log_handler not in event_log_handlers():
-        raise UsageError(
-            f"there is no event log handler {parsed.event_log_handler}",
-            hint=f"one of {', '.join(event_log_handlers())}",
-        )
 
 
 def _from_environment(variable: str, default: int) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from elastic_fit.supervisor.errors import PortTaken
 
 STORE_TIMEOUT = timedelta(minutes=5)
 LOOPBACK = "127.0.0.1"
@@ -40,7 +42,10 @@ class SoloRendezvous(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """A world of one node with a store that nobody has written to."""
         self._store = None  # the old server goes first: it may hold the port
-        self._store = TCPStore(LOOPBACK, self._port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        try:
+            self._store = TCPStore(LOOPBACK, self._port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        except DistNetworkError as error:
+            raise PortTaken.by("--master-port", self._port, error) from error
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._store.port))
 
     def is_closed(self) -> bool:

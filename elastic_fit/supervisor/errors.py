@@ -36,6 +36,18 @@ class UsageError(ElasticFitError):
     exit_code = 2
 
 
+class PortTaken(ElasticFitError):
+    """A port that the command line asks for can't be listened on here (exit 1: it may be free the next time)."""
+
+    @classmethod
+    def by(cls, flag: str, port: int, error: Exception) -> PortTaken:
+        """Of the error that the attempt to listen ended with."""
+        return cls(
+            f"{flag} {port} can't be listened on here: {error}",
+            hint="leave it out and any free port is taken; ss -ltnp shows who has it",
+        )
+
+
 class StorageError(ElasticFitError):
     """The run folder or a checkpoint can't be used as it stands (exit 74, EX_IOERR)."""
 

@@ -93,7 +93,10 @@ MISTAKES = {
     "--nnodes 1:2 --rdzv-conf silence train.py": "silence is not KEY=VALUE",
     "--nnodes 1:2 --rdzv-conf silence=long train.py": "silence=long is not a number from 2.1",
     "--nnodes 1:2 --rdzv-conf silence=1,port=29500 train.py": "silence=1 is not a number from 2.1",
-    "--nnodes 1:2 --rdzv-conf port=http train.py": "port=http is not a number from 0",
+    "--nnodes 1:2 --rdzv-conf port=http train.py": "port=http is not a number from 0 to 65535",
+    "--nnodes 1:2 --rdzv-conf port=70000 train.py": "port=70000 is not a number from 0 to 65535",
+    "--master-port 99999 train.py": "--master-port: 99999 is no port",
+    "--nnodes 1:2 --rdzv-endpoint h1:99999 train.py": "--rdzv-endpoint: 99999 is no port",
     "--chekpoint-steps 5 train.py": "did you mean --checkpoint-steps",
     "missing.py": "there is no script missing.py",
     "--nnodes 4:1 train.py": "--nnodes 4:1",
@@ -152,6 +155,8 @@ def test_our_flags_that_the_script_gets_because_another_stands_before_it_are_nam
 def test_flags_of_torchruns_that_change_nothing_here_are_named() -> None:
     assert parse(["--numa-binding", "node", "train.py"]).without_effect == ("--numa-binding",)
     assert parse(["--tee", "3", "train.py"]).without_effect == ()
+    others = parse(["--start-method", "fork", "--monitor-interval=5", "--signals-to-handle", "SIGUSR1", "train.py"])
+    assert others.without_effect == ("--start-method", "--monitor-interval", "--signals-to-handle")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("500ms", 0.5), ("30s", 30), ("5m", 300), ("1.5h", 5400)])

@@ -15,6 +15,7 @@ import pytest
 from elastic_fit.launch import cli
 from elastic_fit.launch.commands import ls, prune, verify
 from elastic_fit.launch.render import Console
+from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts, hold, latest_valid, open_store
 from tests.launching import Elastic
@@ -78,6 +79,14 @@ def test_a_job_of_several_nodes_that_goes_on_is_refused_and_pruned_once_it_has_e
     assert not half.exists()
 
 
+def test_a_metric_that_no_checkpoint_knows_is_a_slip_and_removes_nothing(run: RunDir) -> None:
+    with pytest.raises(UsageError) as slip:
+        call(prune, str(run.root), "--keep", "1", "--best", "val_los", "--yes")
+    assert "val_los" in slip.value.message
+    assert "accuracy, val_loss" in slip.value.hint
+    assert left(run.fit(1)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_dry_run_shows_what_would_go_and_touches_nothing(run: RunDir) -> None:
     before = sorted(run.root.rglob("*"))
     code, record = call(prune, str(run.root), "--keep", "2", "--dry-run")
@@ -111,7 +120,6 @@ def test_yes_does_it_and_a_second_time_finds_nothing(run: RunDir) -> None:
         (["--best", "accuracy"], [1, 6]),
         (["--keep", "2", "--best", "val_loss"], [3, 5, 6]),
         (["--every-hours", "1000"], [1, 6]),
-        (["--best", "no_such_metric"], [6]),
     ],
 )
 def test_policies_add_up_and_the_newest_always_stays(run: RunDir, flags: list[str], stay: list[int]) -> None:

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from elastic_fit.supervisor.ledger import read
+from tests.launching import Launched
 from tests.nodes.cluster import FIT, wait_until
 
 COMMAND = str(Path(sys.executable).with_name("elastic-fit"))
@@ -77,3 +80,33 @@ def test_fresh_starts_over_also_where_the_last_job_was_killed_before_it_could_sa
     assert again.returncode == 0, text
     assert "starting over; the old run is kept in" in text
     assert "resume   none: starting at step 0" in text
+
+
+def test_job_whose_etcd_is_not_there_says_so_and_ends_when_its_patience_does(
+    launched: Launched, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    with socket.socket() as closed:  # nobody else gets that port, and nobody listens there
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{closed.getsockname()[1]}"
+        flags = ["--nnodes", "1:2", "--rdzv-backend", "etcd", "--rdzv-endpoint", endpoint]
+        began = time.monotonic()
+        outcome = launched(*flags, "--rdzv-conf", "join_timeout=2", str(tmp_path / "train.py"))
+    assert outcome.code == 1
+    assert "error: the etcd server did not answer" in outcome.said
+    assert "hint: look at --rdzv-endpoint and at etcd" in outcome.said
+    assert time.monotonic() - began >= 2
+
+
+@pytest.mark.parametrize(("nodes", "flag"), [("1", "--master-port={}"), ("1:2", "--rdzv-conf=port={}")])
+def test_port_that_somebody_else_has_is_named_and_is_no_bug_of_ours(
+    launched: Launched, tmp_path: Path, nodes: str, flag: str
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = launched("--nnodes", nodes, flag.format(port), str(tmp_path / "train.py"))
+        assert outcome.code == 1
+        assert f"port {port} can't be listened on here: " in outcome.said
+        assert "already in use" in outcome.said
+    assert launched("--nnodes", nodes, flag.format(port), str(tmp_path / "train.py")).code == 0

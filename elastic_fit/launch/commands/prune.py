@@ -59,6 +59,7 @@ def main(argv: Sequence[str], console: Console) -> int:
         raise UsageError(f"{args.path} is one checkpoint", hint="give the folder that it is in")
     with _held(args.path, really=args.yes) as generation:
         found = stores(args.path, generation=generation)
+        _check_metrics(args.best or (), found)
         plans = [plan(store, policy) for store in found]
         if args.yes:
             for store, each in zip(found, plans, strict=True):
@@ -125,6 +126,17 @@ def _best(text: str) -> Best:
     if not metric or mode not in ("", "min", "max") or (count and not (count.isdigit() and int(count))):
         raise UsageError(f"--best {text} is not METRIC[:min|max[:N]]", hint="--best val_loss, --best accuracy:max:3")
     return Best(metric=metric, count=int(count or 1), mode=mode or "min")
+
+
+def _check_metrics(texts: Sequence[str], found: Sequence[CheckpointStore]) -> None:
+    """A metric that no checkpoint knows would keep nothing: a slip, and the best ones would go. Raises UsageError."""
+    known = {name for store in found for one in store.committed() for name in one.manifest.metrics}
+    for metric in (_best(text).metric for text in texts):
+        if metric not in known:
+            hint = (
+                f"they know {', '.join(sorted(known))}" if known else "they know none: keep by --keep or --every-steps"
+            )
+            raise UsageError(f"none of the checkpoints knows a metric {metric}", hint=hint)
 
 
 @contextlib.contextmanager
