@@ -34,10 +34,8 @@ class Contacted:
     """What is known of one peer. Times are seconds on the caller's clock."""
 
     profile: Profile
-    wanted_s: float
-    """Since when it is looked for or known."""
     heard_s: float
-    """When it was last heard, or `wanted_s`."""
+    """When it was last heard; at first, since when it is looked for or known."""
     refused: bool = False
     dialed_s: float = -1e9
     state: dict[str, Any] | None = None
@@ -108,7 +106,7 @@ class Links:
         now = self._clock()
         for node, profile in wanted.items():
             if node not in self.known:
-                self.known[node] = Contacted(profile, wanted_s=now, heard_s=now)
+                self.known[node] = Contacted(profile, heard_s=now)
             self._dial_if_due(node, now)
         for node in [node for node in self.known if node not in wanted and not self.is_up(node)]:
             del self.known[node]
@@ -272,7 +270,7 @@ class Links:
         connection.node = profile.node
         self._up.setdefault(profile.node, set()).add(connection)
         self._note_dialed(connection)
-        known = self.known.setdefault(profile.node, Contacted(profile, wanted_s=now, heard_s=now))
+        known = self.known.setdefault(profile.node, Contacted(profile, heard_s=now))
         known.heard_s, known.refused = now, False
 
     def _note_dialed(self, connection: _Connection) -> None:

@@ -128,7 +128,8 @@ def build_parser() -> _Parser:
     parser.torchruns = frozenset(parser.flags)
     for action in parser.flags.values():
         action.help = OTHER_HELP.get(action.dest, action.help)
-    parser.set_defaults(max_restarts=_from_environment("PET_MAX_RESTARTS", DEFAULT_MAX_RESTARTS))
+    # argparse converts a text default as it would the flag's value
+    parser.set_defaults(max_restarts=os.environ.get("PET_MAX_RESTARTS") or DEFAULT_MAX_RESTARTS)
     _set_defaults_of_job(parser)
     _add_ours(parser)
     return parser
@@ -343,8 +344,3 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         strict_data=parsed.strict_data,
         load_unsafe=parsed.load_unsafe,
     )
-
-
-def _from_environment(variable: str, default: int) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdigit() else default

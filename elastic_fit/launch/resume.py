@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_fit.supervisor.context import ResumePoint
-from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError
+from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError, UsageError
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import (
@@ -95,14 +95,16 @@ class ResumeChooser:
 
     def _named(self, path: Path, own: Selection) -> Selection:
         """The checkpoint that was asked for, until the run has written one of a newer generation itself."""
+        if own.chosen is not None and own.chosen.manifest.generation >= self._generation:
+            return own
+        if not path.exists():
+            raise UsageError(f"there is no checkpoint {path}", hint="elastic-fit ls RUN_DIR lists those of a run")
         verdict = verify(path)
         if verdict.manifest is None or not (verdict.valid or self._invocation.force):
             raise NoValidCheckpoint(
                 f"{path} can't be resumed from: {verdict.why}",
                 hint="--force takes a checkpoint that has a manifest but does not verify",
             )
-        if own.chosen is not None and own.chosen.manifest.generation >= self._generation:
-            return own
         rejected = () if verdict.valid else (Rejected(path=path, why=verdict.why),)
         chosen = Checkpoint(path=path, manifest=verdict.manifest)
         return Selection(chosen=chosen, rejected=rejected, verified=verdict.depth if verdict.valid else "forced")

@@ -47,6 +47,14 @@ def test_pet_variables_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed.max_restarts == 7
 
 
+def test_a_variable_of_torchruns_that_makes_no_sense_is_a_mistake_as_its_flag_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PET_MAX_RESTARTS", "often")
+    with pytest.raises(UsageError, match="often"):
+        parse(["train.py"])
+
+
 def test_our_variables_are_honoured_and_flags_outrank_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELASTIC_FIT_KEEP", "7")
     monkeypatch.setenv("ELASTIC_FIT_CHECKPOINT_INTERVAL", "2m")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +161,26 @@ def test_resume_from_takes_a_named_checkpoint_and_refuses_a_torn_one(elastic: El
     refused = elastic("trainer().fit(Model())\n", "--resume-from", str(named))
     assert refused.code == 74
     assert "can't be resumed from" in refused.said
+
+
+def test_a_named_checkpoint_that_goes_away_is_not_missed_once_the_run_has_one_of_its_own(
+    elastic: Elastic, tmp_path: Path
+) -> None:
+    first = elastic("trainer(At(4, fall_over)).fit(Model())\n", "--checkpoint-steps", "3", "--max-restarts", "0")
+    named = first.run.rename(tmp_path / "other") / "checkpoints" / "fit-1" / "step=3.ckpt"
+    body = f"""
+        def clear_away_and_die():
+            if RANK == 0:
+                Path({str(named)!r}).unlink()
+            die()
+        trainer(At(7, clear_away_and_die)).fit(Model())
+    """
+    outcome = elastic(body, "--checkpoint-steps", "2", "--resume-from", str(named))
+    assert outcome.code == 0
+    assert list(dict.fromkeys(event["step"] for event in outcome.events("resume"))) == [3, 6]
+    never = elastic(body, "--fresh", "--resume-from", str(named))
+    assert never.code == 2
+    assert f"there is no checkpoint {named}" in never.said
 
 
 FULL_FROM_4_TO_12 = """
