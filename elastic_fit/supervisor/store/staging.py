@@ -7,11 +7,14 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.objects import Url
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Place = TypeVar("Place", Path, Url)
 
