@@ -47,7 +47,7 @@ WIDTH = 1024
 CHUNK_BYTES = 8 << 20
 READ_BYTES = 4 << 20
 MANIFEST = b"m" * 900
-SAVES_S, LOOKS_S = 80.0, 20.0
+SAVES_S, LOOKS_S = 70.0, 15.0
 """Rounds of a table of saves, and of a row of verification, end early where they have taken that long."""
 
 
@@ -292,7 +292,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="1,4", help="GB, separated by commas")
-    parser.add_argument("--rounds", type=int, default=15, help="at most: a table of saves takes up to 80 s")
+    parser.add_argument("--rounds", type=int, default=15, help="at most: a table of saves takes up to 70 s")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to save")
     args = parser.parse_args()
     torch.set_num_threads(1)
