@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+import torchmetrics
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -259,3 +260,15 @@ def test_only_the_first_batch_of_an_epoch_resets_what_it_logs(tmp_path) -> None:
         answers.append(connector.should_reset_tensors("training_step"))
     assert answers == [True, True, False]
     assert "elif self._first_loop_iter is True:" in inspect.getsource(type(connector).on_batch_start)
+
+
+def test_torchmetrics_keep_their_state_in_attributes_and_count_their_updates() -> None:
+    metric = torchmetrics.MeanMetric()
+    assert metric._update_count == 0
+    metric.update(3.0)
+    metric.compute()
+    assert (metric._update_count, metric._computed.item()) == (1, 3.0)
+    assert {name: value.item() for name, value in metric.metric_state.items()} == {"mean_value": 3.0, "weight": 1.0}
+    metric.mean_value = torch.tensor(8.0)
+    metric._computed = None
+    assert metric.compute().item() == 8.0

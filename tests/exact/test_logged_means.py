@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,6 +28,15 @@ from tests.launching import Elastic, Outcome
 class Talkative(Line):
     """Logs in every way there is, and learns by what it has logged."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = torchmetrics.MeanMetric()
+        self.by_hand = torchmetrics.MetricCollection([torchmetrics.SumMetric(), torchmetrics.MaxMetric()])
+        self.grouped = torchmetrics.MetricCollection(
+            [torchmetrics.regression.MeanSquaredError(), torchmetrics.regression.MeanAbsoluteError()]
+        )
+        self.validated = torchmetrics.MeanMetric()
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = self.layer(batch[0]).square().mean()
         self.log("loss", loss, on_step=True, on_epoch=True)
@@ -35,6 +45,11 @@ class Talkative(Line):
         self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max")
         self.log("wide", loss.double() / 3, on_step=False, on_epoch=True, batch_size=3)
         self.log("step only", loss)
+        self.ours.update(loss.detach(), weight=batch_idx + 1)
+        self.log("torchmetrics", self.ours, on_step=False, on_epoch=True)
+        self.by_hand.update(loss.detach())
+        self.grouped(loss.detach(), loss.detach() / 3)
+        self.log_dict(self.grouped, on_step=False, on_epoch=True)
         if batch_idx % 3 == 1:
             self.log("now and then", loss, on_step=True, on_epoch=True)
         if batch_idx == 0:
@@ -53,8 +68,15 @@ class Talkative(Line):
             {"scheduler": by_old_news, "monitor": "val_loss", "interval": "step", "strict": False},
         ]
 
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.by_hand.compute())
+        self.by_hand.reset()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.layer(batch[0]).square().mean())
+        loss = self.layer(batch[0]).square().mean()
+        self.log("val_loss", loss)
+        self.validated.update(loss)
+        self.log("validated", self.validated)
 
     def val_dataloader(self) -> Any:
         return self.train_dataloader()
@@ -121,10 +143,15 @@ def test_an_epoch_that_was_interrupted_logs_what_one_that_was_not_does(
 
 
 SCRIPT = """
+import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
 
 
 class Counting(Model):
+    def __init__(self):
+        super().__init__()
+        self.total = torchmetrics.SumMetric()
+
     def training_step(self, batch, batch_idx):
         ids, loss = batch[1].double(), super().training_step(batch, batch_idx)
         over_epoch = {"on_step": False, "on_epoch": True}
@@ -135,6 +162,8 @@ class Counting(Model):
         self.log("samples", float(len(ids)), sync_dist=True, reduce_fx="sum", **over_epoch)
         self.log("one", 1.0, sync_dist=True, **over_epoch)
         self.log("own", loss, **over_epoch)
+        self.total(len(ids))
+        self.log("total", self.total, **over_epoch)
         if batch_idx < 2:
             self.log("at first", ids.mean(), sync_dist=True, **over_epoch)
         return loss
@@ -187,9 +216,10 @@ def test_a_survivors_own_numbers_stand_in_for_those_of_all_ranks(elastic: Elasti
     assert rescued.code == 0, rescued.output()
     assert [event["step"] for event in rescued.events("rescue")] == [5]
     for row, its in zip(epochs(rescued), expected, strict=True):
-        assert {name: row[name] for name in ("samples", "one", "own")} == {
-            name: its[name] for name in ("samples", "one", "own")
+        assert {name: row[name] for name in ("samples", "total", "one", "own")} == {
+            name: its[name] for name in ("samples", "total", "one", "own")
         }
+    assert [row["total"] for row in expected] == [48, 48]
     assert epochs(rescued)[1] == expected[1]
     assert epochs(rescued)[0]["mean"] != expected[0]["mean"], "all means are exact by now: say so in docs/same-run.md"
 
