@@ -22,6 +22,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from elastic_fit.callbacks.collective import is_saving_alone
+
 
 def is_boundary(trainer: pl.Trainer) -> bool:
     """Whether the batch that just ended completed an optimizer step (no gradients are half accumulated)."""
@@ -279,20 +281,23 @@ def is_validation_under_way(trainer: pl.Trainer) -> bool:
         return False
     hook = trainer.lightning_module._current_fx_name
     progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    # Within ``on_save_checkpoint`` the hook that saves is not known, but whether the last batch was counted is.
+    # Within ``on_save_checkpoint`` the hook that saves is not known, but whether the last batch was counted is. It
+    # isn't ``on_validation_end`` where a survivor saves alone: what was to be reduced over all ranks before never was.
     is_past_batches = progress.is_last_batch and progress.current.completed == progress.current.ready > 0
-    return not (hook == "on_validation_end" or (hook == "on_save_checkpoint" and is_past_batches))
+    is_saved = hook == "on_save_checkpoint" and is_past_batches and not is_saving_alone()
+    return not (hook == "on_validation_end" or is_saved)
 
 
 def redo_validation(checkpoint: dict[str, Any]) -> None:
     """Have a resumed run do the validation that was under way in this captured state, all of it.
 
     The counters become what they are while its first batch is in flight, by which Lightning knows a validation that
-    was interrupted. It goes back to it, and counts from the last completed batch, which is none. Meanwhile
+    was interrupted. It goes back to it, and counts from the last completed batch, which is none. During its batches
     WeightAveraging has put the averaged weights into the model, and its own in their place: they change back.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-    if progress["current"]["ready"] and "current_model_state" in checkpoint:
+    is_past_batches = progress["is_last_batch"] and progress["current"]["completed"] == progress["current"]["ready"]
+    if progress["current"]["ready"] and not is_past_batches and "current_model_state" in checkpoint:
         averaged, checkpoint["state_dict"] = checkpoint["state_dict"], checkpoint["current_model_state"]
         checkpoint["current_model_state"] = averaged
     undone = progress["current"]["completed"]

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultMetric,
     _Sync,
 )
+from torchmetrics import Metric
 
 from elastic_fit.callbacks.tally import Reduction, Tally
 
@@ -26,7 +27,8 @@ class _Result:
     """The tensors of one result, which Lightning replaces and never changes before the epoch's end."""
 
     meta: _Metadata
-    value: torch.Tensor
+    value: torch.Tensor | None
+    """None where it is an object of torchmetrics."""
     count: torch.Tensor | None
     last: torch.Tensor | None
 
@@ -38,19 +40,22 @@ Results = Mapping[str, _Result]
 def of_epoch(trainer: pl.Trainer) -> Results:
     """What this rank has logged in the training epoch under way. No number is read, so no device is waited for.
 
-    Not among it: objects of torchmetrics, whose state is the module's, and what is reduced over a group of its own.
+    Not among it: what is reduced over a group of its own.
     """
     return {
         key: _Result(
-            result.meta, result.value, result.cumulated_batch_size if _is_mean(result) else None, result._forward_cache
+            result.meta,
+            result.value if result.is_tensor else None,
+            result.cumulated_batch_size if _is_mean(result) else None,
+            result._forward_cache,
         )
         for key, result in trainer.fit_loop.epoch_loop._results.items()
-        if result.is_tensor and not result.has_reset and result.meta.sync.group is None
+        if not result.has_reset and result.meta.sync.group is None
     }
 
 
 def _is_mean(result: _ResultMetric) -> bool:
-    return result.meta.is_mean_reduction
+    return result.is_tensor and result.meta.is_mean_reduction
 
 
 def tallies(results: Results) -> Iterator[Tally]:
@@ -61,10 +66,10 @@ def tallies(results: Results) -> Iterator[Tally]:
             fx=meta.fx,
             name=meta.name,
             reduction=cast(Reduction, meta.reduce_fx.__name__),
-            dtype=str(result.value.dtype).removeprefix("torch."),
-            value=result.value.item(),
+            dtype=str(result.value.dtype).removeprefix("torch.") if result.value is not None else "",
+            value=result.value.item() if result.value is not None else 0.0,
             count=result.count.item() if result.count is not None else 0,
-            last=result.last.item() if result.last is not None else None,
+            last=result.last.item() if result.last is not None and result.value is not None else None,
             on_step=meta.on_step,
             on_epoch=meta.on_epoch,
             prog_bar=meta.prog_bar,
@@ -73,6 +78,7 @@ def tallies(results: Results) -> Iterator[Tally]:
             add_dataloader_idx=meta.add_dataloader_idx,
             synced=meta.sync.should and not meta.sync.rank_zero_only,
             rank_zero_only=meta.sync.rank_zero_only,
+            metric=meta.metric_attribute if result.value is None else None,
         )
 
 
@@ -83,6 +89,8 @@ def put_back(trainer: pl.Trainer, shares: Mapping[str, Tally]) -> None:
     anew by what the script says of it now, which another number of ranks may change, and the tally is added.
     """
     results = trainer.fit_loop.epoch_loop._results
+    metrics = {path for path, part in trainer.lightning_module.named_modules() if isinstance(part, Metric)}
+    shares = {key: tally for key, tally in shares.items() if tally.metric is None or tally.metric in metrics}
     for key, tally in shares.items():
         results[key] = _result(trainer, tally)
     # Lightning resets what the epoch's first batch logs, which is behind us.
@@ -124,12 +132,18 @@ def _result(trainer: pl.Trainer, tally: Tally) -> _ResultMetric:
         reduce_fx=getattr(torch, tally.reduction),
         enable_graph=tally.enable_graph,
         add_dataloader_idx=tally.add_dataloader_idx,
+        metric_attribute=tally.metric,
     )
     meta.sync = _Sync(
         fn=trainer.strategy.reduce,
         _should=tally.synced and trainer._accelerator_connector.is_distributed,
         rank_zero_only=tally.rank_zero_only,
     )
+    if tally.metric is not None:
+        result = _ResultMetric(meta, is_tensor=False)
+        result.value = trainer.lightning_module.get_submodule(tally.metric)
+        result._update_count = 1
+        return result
     device = trainer.strategy.root_device
     result = _ResultMetric(meta, is_tensor=True).to(device)
     result.value = torch.tensor(tally.value, dtype=getattr(torch, tally.dtype), device=device)

@@ -37,6 +37,8 @@ class Tally:
     synced: bool = False
     """Whether the epoch's value is reduced over all ranks."""
     rank_zero_only: bool = False
+    metric: str | None = None
+    """Where in the module the object of torchmetrics is whose value this is; None for one of plain numbers."""
 
     @property
     def key(self) -> str:
@@ -60,10 +62,11 @@ def share(ranks: Sequence[Mapping[str, Tally]], rank: int, world_size: int) -> d
 
     Each takes up its own. With another number of ranks, rank r takes those of r, r + n, ... together, so that what is
     reduced over all ranks comes to the same; a rank that had none begins with an empty one, since all have to take
-    part in the reduction.
+    part in the reduction. Objects of torchmetrics begin anew.
     """
     if len(ranks) == world_size:
         return dict(ranks[rank])
+    ranks = [{key: tally for key, tally in tallies.items() if tally.metric is None} for tallies in ranks]
     known = {key: tally for tallies in reversed(ranks) for key, tally in tallies.items()}
     shares: dict[str, Tally] = {}
     for key in dict.fromkeys(key for tallies in ranks for key in tallies):
