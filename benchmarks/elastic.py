@@ -1,13 +1,14 @@
 """What a change of nodes costs, ours beside stock torchrun, interleaved, on hosts in network namespaces (root only).
 
-    python -m benchmarks.elastic                           the table, under twenty minutes
+    python -m benchmarks.elastic --repeats 3               the table, some 25 minutes on two idle cores
     python -m benchmarks.elastic --only "tuned/host killed"    one arm, one case
     python -m benchmarks.elastic --changes 50              random changes in a row, ours alone
 
 Every case starts hosts of its own, waits until all train, makes the change, and times until all of the new world have
 done a step. Both launchers run the same plain loop, which keeps its state in a file after every step; the first arm
 of ours runs a Lightning script, whose survivors rescue their state and whose workers load it. What does not come back
-within the limit, or at all, is run only once.
+within the limit, or at all, is run only once; so is all of torchrun with its defaults, three cases side by side, as
+nearly all that is to be seen there is that nothing comes.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.nodes.cluster import FIT, TRAIN, Cluster, Launched
 from tests.nodes.endings import assert_it_ends_well
 
 TORCHRUN = (str(Path(sys.executable).with_name("torchrun")),)
 ENDLESS = "1000000"
+SIDE_BY_SIDE = 3
 STEP_S = "0.05"
 TUNED = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
 
@@ -40,6 +45,8 @@ class Arm:
 
     name: str
     start: Callable[[Cluster, str], Launched]
+    repeats: int = 1000
+    """More often than that is not worth its time."""
 
 
 def _ours(script: Path) -> Callable[[Cluster, str], Launched]:
@@ -66,10 +73,11 @@ def _torchrun(*flags: str, **environment: str) -> Callable[[Cluster, str], Launc
 ARMS = (
     Arm("elastic-fit, Lightning", _ours(FIT)),
     Arm("elastic-fit, plain loop", _ours(TRAIN)),
-    Arm("torchrun, default", _torchrun()),
+    Arm("torchrun, default", _torchrun(), repeats=1),
     Arm(
         "torchrun, tuned",
         _torchrun("--rdzv-conf", TUNED, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", PG_TIMEOUT_S="20"),
+        repeats=2,
     ),
 )
 
@@ -103,6 +111,18 @@ def _freeze_last(cluster: Cluster, arm: Arm) -> int:
     return 2
 
 
+def _freeze_worker(cluster: Cluster, arm: Arm) -> int:
+    """Its agent stays awake, so the world stays as large as it was."""
+    _worker_on(cluster, "h3").suspend()
+    return 3
+
+
+def _worker_on(cluster: Cluster, host: str) -> psutil.Process:
+    processes = [psutil.Process(int(pid)) for pid in cluster.processes(host)]
+    noted = {int(pid) for event in cluster.events("workers_started") for pid in event["pids"].values()}
+    return next(one for one in processes if one.pid in noted or "RANK" in one.environ())
+
+
 def _join(cluster: Cluster, arm: Arm) -> int:
     arm.start(cluster, "h3")
     return 3
@@ -113,6 +133,7 @@ CASES = (
     Case("first host killed", 3, _kill_first),
     Case("cable pulled, silence", 3, _cut_last),
     Case("host frozen", 3, _freeze_last),
+    Case("worker frozen", 3, _freeze_worker),
     Case("host joins (its imports included)", 2, _join),
 )
 
@@ -131,15 +152,18 @@ class Outcome:
     """After this time all launchers had given up."""
 
 
-def measure(arm: Arm, case: Case, limit_s: float) -> Outcome:
-    """One run of one case."""
-    with tempfile.TemporaryDirectory(prefix="elastic-fit-bench-") as name, Cluster(Path(name), 3) as cluster:
+def measure(arm: Arm, case: Case, limit_s: float, name: str = "") -> Outcome:
+    """One run of one case; `name` tells the hosts of one that runs side by side with others from theirs."""
+    with (
+        tempfile.TemporaryDirectory(prefix="elastic-fit-bench-") as folder,
+        Cluster(Path(folder), 3, name=name) as cluster,
+    ):
         # h1 goes first everywhere: it hosts torchrun's rendezvous, and is "the first host" for both.
         for number in range(1, case.begin + 1):
             arm.start(cluster, f"h{number}")
             if number == 1:
                 time.sleep(0.5)
-        cluster.wait_until(lambda: cluster.trains_with(case.begin), 90)
+        cluster.wait_until(lambda: cluster.trains_with(case.begin), 180)
         time.sleep(1.5)
         changed = time.time()
         size = case.change(cluster, arm)
@@ -168,40 +192,54 @@ def _warm_s(cluster: Cluster, back: float) -> float | None:
     return back - (met[0].t - met[0]["seconds"]) if met else None
 
 
-def table(rounds: int, limit_s: float, arms: tuple[Arm, ...], cases: tuple[Case, ...]) -> None:
-    """Run everything, interleaved, and print a row per case."""
-    found: dict[tuple[str, str], list[Outcome]] = {}
-    for number in range(rounds):
-        for case, arm in itertools.product(cases, arms):
-            before = found.setdefault((case.name, arm.name), [])
-            if before and before[-1].until_trains_s is None:
-                continue
-            before.append(measure(arm, case, limit_s))
-            print(f"round {number + 1}: {case.name}: {arm.name}: {before[-1]}", file=sys.stderr, flush=True)
+Found = dict[tuple[str, str], list[Outcome]]
+"""The outcomes, by case and arm."""
+
+
+def table(repeats: int, limit_s: float, arms: Sequence[Arm], cases: Sequence[Case]) -> None:
+    """Run everything and print a row per case."""
+    found: Found = {(case.name, arm.name): [] for case, arm in itertools.product(cases, arms)}
+    once = [pair for pair in itertools.product(cases, arms) if pair[1].repeats == 1]
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for run in [pool.submit(_note, found, *pair, limit_s, name) for pair, name in zip(once, "abcdefghij")]:
+            run.result()
+    for number, case, arm in itertools.product(range(repeats), cases, arms):
+        before = found[case.name, arm.name]
+        if number < arm.repeats != 1 and (not before or before[-1].until_trains_s is not None):
+            _note(found, case, arm, limit_s)
     print("| | " + " | ".join(arm.name for arm in arms) + " |")
     print("|---|" + "---|" * len(arms))
     for case in cases:
         print(f"| {case.name} | " + " | ".join(told(found[case.name, arm.name], limit_s) for arm in arms) + " |")
 
 
-def told(outcomes: list[Outcome], limit_s: float) -> str:
-    """A cell: the median time, the longest of everything, and how many did not come back."""
-    times = [outcome.until_trains_s for outcome in outcomes if outcome.until_trains_s is not None]
+def _note(found: Found, case: Case, arm: Arm, limit_s: float, name: str = "") -> None:
+    outcome = measure(arm, case, limit_s, name)
+    found[case.name, arm.name].append(outcome)
+    print(f"{time.strftime('%H:%M:%S')} {case.name}: {arm.name}: {outcome}", file=sys.stderr, flush=True)
+
+
+def told(outcomes: Sequence[Outcome], limit_s: float) -> str:
+    """A cell: medians, and from the shortest to the longest where there are several; and what did not come back."""
+    back = [outcome for outcome in outcomes if outcome.until_trains_s is not None]
     parts = []
-    if times:
-        stood = max(outcome.standstill_s for outcome in outcomes)
-        warm = [outcome.warm_s for outcome in outcomes if outcome.warm_s is not None]
-        since_warm = f", {max(warm):.1f} s since it was warm" if warm else ""
-        parts.append(
-            f"{statistics.median(times):.1f} s (longest of {len(times)}: {max(times):.1f} s{since_warm}; "
-            f"stood still {stood:.1f} s)"
-        )
+    if back:
+        warm = [outcome.warm_s for outcome in back if outcome.warm_s is not None]
+        since_warm = f", of which {_spread(warm)} since it was warm" if warm else ""
+        stood = _spread([outcome.standstill_s for outcome in back])
+        took = _spread([outcome.until_trains_s for outcome in back if outcome.until_trains_s is not None])
+        parts.append(f"{took}{since_warm} (stood still {stood}; {len(back)} runs)")
     for outcome in outcomes:
         if outcome.died_s is not None:
             parts.append(f"the job died after {outcome.died_s:.0f} s")
         elif outcome.until_trains_s is None:
             parts.append(f"not within {limit_s:.0f} s")
     return "; ".join(parts)
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    median, least, most = statistics.median(seconds), min(seconds), max(seconds)
+    return f"{median:.1f} s" if len(seconds) == 1 else f"{median:.1f} s [{least:.1f} to {most:.1f}]"
 
 
 HOSTS_TO_DRAW_FROM = 10
@@ -265,7 +303,7 @@ def _change(cluster: Cluster, draw: random.Random, running: dict[str, Launched],
 def main() -> int:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each cell (torchrun: two tuned, one default)")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run counts as not survived")
     parser.add_argument("--only", default="", help="only arms and cases whose name has this in it: ARM or ARM/CASE")
     parser.add_argument("--changes", type=int, default=0, metavar="N", help="N random changes instead of the table")
@@ -278,7 +316,7 @@ def main() -> int:
         return 0 if random_changes(args.changes, args.seed) == args.changes else 1
     arm, _, case = args.only.partition("/")
     chosen = tuple(one for one in ARMS if arm in one.name), tuple(one for one in CASES if case in one.name)
-    table(args.rounds, args.limit, *chosen)
+    table(args.repeats, args.limit, *chosen)
     return 0
 
 

@@ -50,13 +50,19 @@ class Launched:
 
 
 class Cluster:
-    """Use as a context manager: the hosts go away with all that runs on them."""
+    """Use as a context manager: the hosts go away with all that runs on them.
 
-    def __init__(self, folder: Path, count: int) -> None:
+    Args:
+        folder: where the run folder, logs and notes are.
+        count: of hosts.
+        name: letters that tell clusters of one process apart.
+    """
+
+    def __init__(self, folder: Path, count: int, *, name: str = "") -> None:
         self.folder = folder
         self.run_dir = folder / "run"
         self.count = count
-        own = {"ELASTIC_FIT_HOSTS": f"{OURS}{os.getpid()}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        own = {"ELASTIC_FIT_HOSTS": f"{OURS}{os.getpid()}{name}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._environment = {**os.environ, **own}
         self._environment.pop("GLOO_SOCKET_IFNAME", None)
         self._launched = 0
@@ -222,9 +228,10 @@ class Cluster:
 def remove_orphans() -> None:
     """Take down the hosts of test runs that were killed."""
     found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    for pid in set(re.findall(rf"^{OURS}(\d+)-", found, re.MULTILINE)):
+    for pid, name in set(re.findall(rf"^{OURS}(\d+)([a-z]*)-", found, re.MULTILINE)):
         if not psutil.pid_exists(int(pid)):
-            subprocess.run([str(HOSTS), "down"], env={**os.environ, "ELASTIC_FIT_HOSTS": f"{OURS}{pid}"}, check=True)
+            gone = {**os.environ, "ELASTIC_FIT_HOSTS": f"{OURS}{pid}{name}"}
+            subprocess.run([str(HOSTS), "down"], env=gone, check=True)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30.0, tell: Callable[[], str] = str) -> float:
