@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data import dataloader as torch_dataloader
 from torch.utils.data._utils import worker as torch_worker
@@ -272,3 +273,28 @@ def test_torchmetrics_keep_their_state_in_attributes_and_count_their_updates() -
     metric.mean_value = torch.tensor(8.0)
     metric._computed = None
     assert metric.compute().item() == 8.0
+
+
+def test_ddp_makes_buffers_equal_before_it_runs_the_module_by_a_method_that_can_be_wrapped() -> None:
+    forward = inspect.getsource(DistributedDataParallel.forward)
+    assert forward.index("self._pre_forward(") < forward.index("self._run_ddp_forward(")
+    assert "_sync_buffers()" in inspect.getsource(DistributedDataParallel._pre_forward)
+
+
+def test_a_capture_asks_the_strategy_for_the_models_state() -> None:
+    assert "strategy.lightning_module_state_dict()" in inspect.getsource(
+        _CheckpointConnector._get_lightning_module_state_dict
+    )
+
+
+def test_tensors_can_be_copied_all_at_once() -> None:
+    kept = [torch.zeros(2), torch.zeros((), dtype=torch.int64)]
+    torch._foreach_copy_(kept, [torch.ones(2), torch.tensor(3)])
+    assert [one.tolist() for one in kept] == [[1.0, 1.0], 3]
+
+
+def test_a_module_keeps_its_buffers_in_a_dictionary() -> None:
+    norm = torch.nn.BatchNorm1d(2)
+    assert norm._buffers["running_mean"] is norm.running_mean
+    norm.running_mean = norm.running_mean + 1
+    assert norm._buffers["running_mean"] is norm.running_mean

@@ -26,11 +26,12 @@ def begin() -> tuple[Board, Latch]:
     """Make a board and a latch of this process's own, and start the thread that answers on the board."""
     board, descriptor = Board.anonymous()
     os.close(descriptor)
-    thread = threading.Thread(target=_answer, args=(board, threading.Event()), name="elastic-fit-stop", daemon=True)
+    latch = Latch(board)
+    thread = threading.Thread(target=_answer, args=(board, latch), name="elastic-fit-stop", daemon=True)
     thread.start()
     keep_readers(board)
     atexit.register(_end, board, os.getpid())
-    return board, Latch(board)
+    return board, latch
 
 
 def _end(board: Board, pid: int) -> None:
@@ -39,10 +40,11 @@ def _end(board: Board, pid: int) -> None:
         board.enter(Phase.DONE)
 
 
-def _answer(board: Board, pause: threading.Event) -> None:
+def _answer(board: Board, latch: Latch) -> None:
     """Wait for a request, here or on another rank, and put it up where the training loop reads it."""
     store: _lightning.Store | None = None
-    while not pause.wait(LOOK_S):
+    while True:
+        latch.wait(LOOK_S)
         why = _wanted_here(board)
         try:
             store = store or _lightning.own_connection()

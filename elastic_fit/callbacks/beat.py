@@ -35,7 +35,6 @@ class Beat(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing is left to be restored."""
         self._board.enter(Phase.LOADED)
-        self._board[Word.START_STEP] = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,7 +52,3 @@ class Beat(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """And ends."""
         self._board.enter(Phase.TRAINING if self._board[Word.FIRST_STEP_NS] else Phase.LOADED)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Another epoch."""
-        self._board[Word.EPOCH] = trainer.current_epoch

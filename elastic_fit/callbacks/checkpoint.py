@@ -247,10 +247,9 @@ class ElasticCheckpoint(ModelCheckpoint):
         return _Purposeful(self._seals, Purpose(kind=kind, extra=extra))
 
     def save_now(self, trainer: pl.Trainer, kind: str, **extra: Any) -> None:
-        """Save at this point, whatever the triggers say, with all ranks taking part."""
+        """Save at this point, with all ranks taking part: also where a save of the same step was tried and failed."""
         with self._purpose(kind, **extra):
-            if not self._saved_at(trainer.global_step) or extra:
-                self.save_unranked(trainer, suffix="-final" if extra else "")
+            self.save_unranked(trainer, suffix="-final" if extra else "")
 
     def save_unranked(self, trainer: pl.Trainer, suffix: str = "") -> None:
         """Write ``step=N.ckpt``, which no metric ranks, and let older ones of its kind go."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks.buffers import BoundaryBuffers
 from elastic_fit.callbacks.logged import LoggedResults
 from elastic_fit.callbacks.loggers import ContinuedLoggers
 from elastic_fit.callbacks.position import DataPosition, run_seed
@@ -31,6 +32,7 @@ def companions(
         RandomStreams(run_seed(), reproducible=reproducible),
         LoggedResults(),
         RestartedEpoch(),
+        BoundaryBuffers(),
         ContinuedLoggers(folder, pinned),
     ]
     return [one for one in wanted if not any(type(one) is type(other) for other in there)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
 import threading
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from elastic_fit.supervisor.board import Board
+from elastic_fit.supervisor.board import Board, Word
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.stop import STOP_SIGNALS
 
@@ -22,6 +24,9 @@ class Latch:
     Within a trainer they only latch: the loops' boundaries act. Outside of one, where no boundary comes and nothing is
     there to be saved, a worker that is told to stop leaves by SystemExit. A second SIGINT is a KeyboardInterrupt.
 
+    Python runs a handler only between two of the main thread's instructions, and that thread may stand in native code
+    for minutes. But the interpreter writes a signal's number down as it arrives, for others to read: see `wait`.
+
     Args:
         board: this process's page.
     """
@@ -30,6 +35,10 @@ class Latch:
         self._board = board
         self._before: dict[int, Handler] = {}
         self._interrupts = 0
+        self._reader, self._writer = os.pipe()
+        for descriptor in (self._reader, self._writer):
+            os.set_blocking(descriptor, False)
+        os.register_at_fork(after_in_child=self._hear_no_more)  # a fork's signals are not this process's
         self.is_in_trainer = False
         """Whether boundaries are to come."""
         self.is_leaving = False
@@ -58,15 +67,31 @@ class Latch:
                 continue
             self._before[number] = found
             signal.signal(number, self._handle)
+        _write_arrivals_to(self._writer)
 
     def restore(self) -> None:
         """Put back what was there before."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self._hear_no_more()
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
         self._before = {}
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until a signal arrives: it shows on the board then, whatever the main thread does."""
+        watched = select.poll()
+        watched.register(self._reader, select.POLLIN)
+        if not watched.poll(seconds * 1000):
+            return
+        for number in os.read(self._reader, 4096):
+            if signal.getsignal(number) == self._handle:
+                self._board.ask_back(number)
+
+    def _hear_no_more(self) -> None:
+        if (found := signal.set_wakeup_fd(-1)) != self._writer:
+            signal.set_wakeup_fd(found)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_told = bool(self._board.request)
@@ -81,7 +106,15 @@ class Latch:
                 raise KeyboardInterrupt
         if is_told and not self.is_in_trainer and not self.is_leaving:
             self.is_leaving = True
+            self._board[Word.LEFT_EARLY] = 1
             raise SystemExit(int(Exit.TERMINATED))
+
+
+def _write_arrivals_to(writer: int) -> None:
+    """Have the interpreter write there which signals arrive, unless somebody (asyncio) has it write elsewhere."""
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if before not in (-1, writer):
+        signal.set_wakeup_fd(before)
 
 
 def _is_scripts_own(handler: Handler) -> bool:

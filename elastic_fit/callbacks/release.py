@@ -16,12 +16,14 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.callbacks.notice import NOTICES
-from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode
+from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode, Word
 from elastic_fit.supervisor.exits import Exit
 
 log = logging.getLogger("elastic_fit")
@@ -39,35 +41,44 @@ stand_in: Callable[[], bool] | None = None
 
 def watch(board: Board, latch: Latch) -> threading.Thread:
     """Start the thread."""
-    pause = threading.Event()
-    thread = threading.Thread(target=_run, args=(board, latch, pause), name="elastic-fit-release", daemon=True)
+    thread = threading.Thread(target=_run, args=(board, latch), name="elastic-fit-release", daemon=True)
     thread.start()
     return thread
 
 
-def _run(board: Board, latch: Latch, pause: threading.Event) -> None:
+def _run(board: Board, latch: Latch) -> None:
     asks_notices = os.environ.get("LOCAL_RANK", "0") == "0"
     while not _is_asked_to_leave(board):
-        pause.wait(LOOK_S)
+        latch.wait(LOOK_S)
         if asks_notices and not board.request and (why := NOTICES.look()):
             log.warning("elastic-fit: asked to stop: %s", why)
             board.ask_back(NOTICED)
-        if board.request and board.phase < Phase.PROCESS_GROUP and not latch.is_in_trainer:
-            pause.wait(PATIENCE_S)
+        if board.request and _waits_outside(board, latch):
             _leave_early(board, latch)
-    pause.wait(PATIENCE_S)
+    time.sleep(PATIENCE_S)
     if board.phase is not Phase.RESCUING and _has_group():
         log.info("another rank is gone: breaking the collectives that wait for it")
         abort_collectives()
     while board.phase < Phase.RESCUING:
-        place = _main_thread()
-        pause.wait(STUCK_S)
-        if place == _main_thread() and stand_in is not None and stand_in():
-            os._exit(1)
+        if _is_stuck() and (stand_in() if stand_in is not None else _has_nothing_to_save(board, latch)):
+            _end(1)
 
 
 def _is_asked_to_leave(board: Board) -> bool:
     return bool(board.request) and board.mode is StopMode.RESCUE
+
+
+def _is_stuck() -> bool:
+    """Whether the main thread stands at one place for long."""
+    place = _main_thread()
+    time.sleep(STUCK_S)
+    return place == _main_thread()
+
+
+def _has_nothing_to_save(board: Board, latch: Latch) -> bool:
+    """Whether this is a Lightning worker before its first step, or after its last one is saved."""
+    is_between = latch.is_in_trainer or not board[Word.FIRST_STEP_NS]
+    return is_between and board.phase is not Phase.SAVING and _is_ours(latch)
 
 
 def _main_thread() -> tuple[int, int]:
@@ -76,16 +87,33 @@ def _main_thread() -> tuple[int, int]:
     return id(frame), frame.f_lasti
 
 
+def _waits_outside(board: Board, latch: Latch) -> bool:
+    """Whether no boundary is to come at which this worker would stop, nor anything to be saved."""
+    return board.phase < Phase.PROCESS_GROUP and not latch.is_in_trainer and _is_ours(latch)
+
+
+def _is_ours(latch: Latch) -> bool:
+    """Whether all that this worker does is train with Lightning.
+
+    A script of another kind, or one that handles SIGTERM itself, may have things to do before it ends.
+    """
+    return latch.is_installed and "lightning.pytorch" in sys.modules
+
+
 def _leave_early(board: Board, latch: Latch) -> None:
     """End a worker that waits in native code for peers that may have left, where no handler gets to run."""
-    if latch.is_leaving or board.phase >= Phase.PROCESS_GROUP or not latch.is_installed:
-        return
-    if "lightning.pytorch" not in sys.modules:
-        return  # a script of another kind may have things to do before it ends
+    time.sleep(PATIENCE_S)
+    if _waits_outside(board, latch) and not latch.is_leaving:
+        board[Word.LEFT_EARLY] = 1
+        _end(int(Exit.TERMINATED))
+
+
+def _end(status: int) -> NoReturn:
+    """End this process, whatever its threads do."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(int(Exit.TERMINATED))
+    os._exit(status)
 
 
 def _has_group() -> bool:

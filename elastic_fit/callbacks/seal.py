@@ -152,7 +152,6 @@ class Seals:
         seconds = time.monotonic() - began
         if worker is not None:
             worker.board[Word.SAVED_STEP] = facts.step
-            worker.board[Word.SAVE_NS] = int(seconds * 1e9)
             if self._trainer.is_global_zero:
                 worker.ledger.write(
                     "save",

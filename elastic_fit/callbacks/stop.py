@@ -88,6 +88,11 @@ class Stopper(Checkpoint):
         if session.current() is None:
             self._desk.latch.restore()
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning tears nothing down for us then, and a script may catch it and go on. One that stops is leaving."""
+        if not isinstance(exception, SystemExit):
+            self.teardown(trainer, pl_module, "")
+
     # boundaries
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -203,7 +203,7 @@ class ElasticAgent(TorchelasticAgent):
             if not told_of_start and not ending_ns and attempt.has_trained:
                 told_of_start = True
                 self._note_start(attempt)
-            if attempt.first_exit_ns and not ending_ns:
+            if (attempt.first_exit_ns or attempt.is_parted) and not ending_ns:
                 ending_ns = self._release_survivors(attempt)
             ending_ns = self._note_others(attempt, ending_ns)
             is_late = self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns
@@ -235,8 +235,12 @@ class ElasticAgent(TorchelasticAgent):
             reply = answer(self._stop, request)
             if reply is Answer.BEGIN:
                 self._begin_stop(request)
-            elif reply is Answer.AT_ONCE and self._attempt is not None:
-                self._attempt.kill()
+            elif reply is Answer.AT_ONCE:
+                self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        """A person insists."""
+        self.end_workers()
 
     def _begin_stop(self, request: StopRequest) -> None:
         left_s = self._fx.seconds_left()
@@ -316,7 +320,7 @@ class ElasticAgent(TorchelasticAgent):
             )
 
     def _release_survivors(self, attempt: Attempt) -> int:
-        """A worker has failed: ask the others to save what they hold and leave. Returns their deadline."""
+        """A worker is gone: ask the others to save what they hold and leave. Returns their deadline."""
         now = self._fx.now_ns()
         self._recovery.begin(attempt.first_exit_ns or now, now)
         patience = RESCUE_PATIENCE_S if attempt.listens() else self._limits.shutdown_s

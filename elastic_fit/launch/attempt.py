@@ -231,6 +231,12 @@ class Attempt:
         """Whether a running worker can read the stop word."""
         return any(self.board_of(pid).phase >= Phase.PROCESS_GROUP for pid in self.running)
 
+    @property
+    def is_parted(self) -> bool:
+        """Whether a worker, told to stop, has left by itself, and another one waits for it in a trainer."""
+        has_left = any(worker.exit and worker.board[Word.LEFT_EARLY] for worker in self._workers.values())
+        return has_left and any(Phase.PROCESS_GROUP <= self.board_of(pid).phase < Phase.DONE for pid in self.running)
+
     def finish(self) -> None:
         """All have ended: take the last of their output and let the boards go."""
         self._streams.finish()

@@ -84,6 +84,7 @@ class ClusterAgent(ElasticAgent):
         self._ended_for: Change | None = None
         self._own_failures: Sequence[WorkerFailure] = ()
         self._leaves = False
+        self._waits_no_more = False
         self._unbound = effects.ledger
         rendezvous.lead(self._judge_round)
         rendezvous.idle = self._while_waiting
@@ -163,6 +164,7 @@ class ClusterAgent(ElasticAgent):
         self._note_signals()
         if self._stop is not None and (
             self._leaves
+            or self._waits_no_more
             or not self._rendezvous_of_nodes.is_member
             or self._fx.now_ns() >= self._stop.deadline_ns + int(VERDICT_S * 1e9)
         ):
@@ -217,6 +219,10 @@ class ClusterAgent(ElasticAgent):
         if self._stop is None:
             self._ask(attempt, StopMode.SAVE if change.save else StopMode.NO_SAVE, deadline)
         return deadline
+
+    def _end_at_once(self) -> None:
+        super()._end_at_once()
+        self._waits_no_more = True
 
     def _begin_stop(self, request: StopRequest) -> None:
         super()._begin_stop(request)

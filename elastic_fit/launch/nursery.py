@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_fit.supervisor import watch
+from elastic_fit.supervisor.stop import STOP_SIGNALS
 
 MESSAGE_BYTES = 1 << 20
 BOARD_DESCRIPTOR = 150
@@ -115,6 +116,8 @@ class Server:
 
     def _spawn(self, message: dict[str, Any], descriptors: list[int]) -> Job | None:
         asked = time.monotonic_ns()
+        # A worker that is told to stop hears of it, from its first moment on: its bootstrap lets them in.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             pid = os.fork()
         except OSError as error:
@@ -122,6 +125,7 @@ class Server:
             return None
         if pid == 0:
             return self._become_worker(message, descriptors)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._workers[pid] = message["id"]
         self._send({"event": "spawned", "id": message["id"], "pid": pid, "asked_ns": asked})
         return None
@@ -142,6 +146,7 @@ class Server:
             os.environ.pop(name, None)
         os.chdir(message["cwd"])
         if message["command"]:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             _execute(message["command"])
         _forget_shared_randomness()
         return Job(kind=message["kind"], target=message["target"], args=message["args"])

@@ -23,6 +23,7 @@ from typing import NoReturn
 from elastic_fit.supervisor.board import Board, Phase, Word
 from elastic_fit.supervisor.context import WorkerContext
 from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.stop import STOP_SIGNALS
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
@@ -76,6 +77,7 @@ def _leave(status: int) -> NoReturn:
 
 def _guarded(kind: str, target: str, args: list[str], board: Board) -> int:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that have come so far are heard here
         _run(kind, target, args)
     except SystemExit as end:
         return _status_of(end, board)

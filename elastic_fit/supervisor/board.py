@@ -1,8 +1,8 @@
 """One small shared page per worker: the only steady-state channel between an agent and its workers.
 
-The worker writes the upper half (heartbeat, step, phase, acknowledgements), the agent the lower half (the stop
-word). Every field is one aligned 8-byte word, stored with a single move, so a reader sees the old value or the new
-one and nothing between. Times are nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
+The worker writes the upper half (heartbeat, step, phase), the agent the lower half (the stop word). Every field is one
+aligned 8-byte word, stored with a single move, so a reader sees the old value or the new one and nothing between. Times
+are nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
 """
 
 from __future__ import annotations
@@ -65,16 +65,9 @@ class Word(IntEnum):
     PID = 1
     HEARTBEAT_NS = 2
     STEP = 3
-    EPOCH = 4
     PHASE = 5
     FIRST_STEP_NS = 6
-    ACKNOWLEDGED = 7
-    ACKNOWLEDGED_STEP = 8
     SAVED_STEP = 9
-    SAVE_NS = 10
-    """How long the last save took, in nanoseconds."""
-    RESUMED_STEP = 11
-    START_STEP = 12
     SIGNALLED = 20
     """Number of the stop signal that this worker got, 0 for none; `NOTICED` where a callable of the user's asks."""
     SIGNALLED_NS = 21
@@ -82,6 +75,8 @@ class Word(IntEnum):
     """The step of the state that this worker has rescued."""
     END_UNSAVED = 23
     """1 where the last ``fit`` has ended and its end could not be saved."""
+    LEFT_EARLY = 24
+    """1 where this worker, told to stop, leaves from outside of a trainer, by itself: others can't agree with it."""
     STAMPS = 32
     """First of the words that hold, per phase, when it was first entered."""
     # down: written by the agent

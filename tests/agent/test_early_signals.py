@@ -14,6 +14,7 @@ import pytest
 
 from elastic_fit.launch.nursery import QUIET_SIGNALS
 from elastic_fit.launch.workers import Nursery
+from tests.launching import Elastic
 
 COMMAND = str(Path(sys.executable).with_name("elastic-fit"))
 
@@ -58,3 +59,23 @@ def test_signal_to_a_launcher_that_has_finished_does_not_change_its_exit_status(
         "hold_signals()\nwith SignalLatch(): pass\nos.kill(os.getpid(), signal.SIGUSR1)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_to_a_worker_in_its_first_moment_neither_kills_it_nor_is_lost(
+    elastic: Elastic, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    spawn = Nursery.spawn
+
+    def spawn_and_strike(self: Nursery, local_rank: int, **options: object) -> int:
+        pid = spawn(self, local_rank, **options)
+        if local_rank == 1:
+            os.kill(pid, number)
+        return pid
+
+    monkeypatch.setattr(Nursery, "spawn", spawn_and_strike)
+    outcome = elastic("trainer(max_epochs=500).fit(Model())\n")
+    assert outcome.code in (75, 130, 143), outcome.said
+    (asked,) = outcome.events("stop_requested")
+    assert (asked["source"], asked["reason"], asked["rank"]) == ("worker", signal.Signals(number).name, 1)
+    assert len(outcome.events("workers_started")) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,19 @@ def state(run_dir: Path, step: int) -> State:
     return {key: checkpoint[key] for key in ("state_dict", "optimizer_states")}
 
 
+def undisturbed_run(nursery: Nursery, folder: Path, more: str = "") -> Path:
+    """The folder of a run that nobody disturbs, with a checkpoint of every step."""
+    path, run_dir = folder / "train.py", folder / "run"
+    path.write_text(PRELUDE + script("nowhere", 9, more) + "trainer(max_epochs=1).fit(Victim())\n")
+    argv = ["--run-dir", str(run_dir), "--nproc-per-node", "2", "--checkpoint-steps", "1", "--keep", "9", str(path)]
+    assert launch(parse(argv), Console(out=io.StringIO(), err=io.StringIO()), nursery) == 0
+    return run_dir
+
+
 @pytest.fixture(scope="module")
 def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[int, State]:
     """The state after each step of another run, which nobody disturbs."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    path, run_dir = folder / "train.py", folder / "run"
-    path.write_text(PRELUDE + script("nowhere", 9) + "trainer(max_epochs=1).fit(Victim())\n")
-    argv = ["--run-dir", str(run_dir), "--nproc-per-node", "2", "--checkpoint-steps", "1", "--keep", "9", str(path)]
-    assert launch(parse(argv), Console(out=io.StringIO(), err=io.StringIO()), nursery) == 0
+    run_dir = undisturbed_run(nursery, tmp_path_factory.mktemp("undisturbed"))
     return {step: state(run_dir, step) for step in (5, 6)}
 
 
@@ -123,6 +129,68 @@ def test_death_at_any_point_of_a_step_costs_none_that_was_whole(
     assert outcome.events("resume")[-1]["step"] == rescue["step"]
     # Bit for bit: relative and absolute tolerance are 0.
     torch.testing.assert_close(state(outcome.run, rescue["step"]), undisturbed[rescue["step"]], rtol=0, atol=0)
+
+
+NORMALIZED = """
+class Normalized(Victim):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.register_buffer("seen", torch.zeros(()))
+    def training_step(self, batch, batch_idx):
+        self.seen = self.seen + 1
+        loss = self.layer(self.norm(batch[0])).square().mean()
+        self.meet()
+        self.at("forward")
+        return loss
+    def meet(self):
+        '''Nobody dies before the other one has begun the step as well.'''
+        if POINT != "nowhere" and ATTEMPT == 0 and self.global_step == 5:
+            (HERE / f"there.{RANK}").touch()
+            while not (HERE / f"there.{1 - RANK}").exists():
+                time.sleep(0.001)
+Victim = Normalized
+"""
+
+
+@pytest.fixture(scope="module")
+def normalized(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> State:
+    """The state after step 5 of a model with statistics of its batches, in a run that nobody disturbs."""
+    return state(undisturbed_run(nursery, tmp_path_factory.mktemp("normalized"), NORMALIZED), 5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("point", ["forward", "backward"])
+def test_a_rescue_leaves_out_what_a_forward_pass_under_way_has_done_to_the_statistics(
+    elastic: Elastic, normalized: State, point: str, victim: int
+) -> None:
+    outcome = run(elastic, point, victim, "--keep", "9", more=NORMALIZED)
+    assert outcome.code == 0, outcome.said
+    (rescue,) = outcome.events("rescue")
+    assert (rescue["step"], rescue["rank"]) == (5, 1 - victim)
+    assert normalized["state_dict"]["norm.num_batches_tracked"] == normalized["state_dict"]["seen"] == 5
+    torch.testing.assert_close(state(outcome.run, 5), normalized, rtol=0, atol=0)
+
+
+def test_a_stop_in_the_middle_of_an_accumulation_leaves_out_what_its_batches_have_done_to_the_statistics(
+    elastic: Elastic,
+) -> None:
+    more = f"""
+    class Slow(Victim):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 52 and RANK == 0:
+                os.kill({os.getpid()}, signal.SIGTERM)
+            time.sleep(0.04 if batch_idx >= 50 else 0)
+            return super().training_step(batch, batch_idx)
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.randn(400, 4)), batch_size=2)
+    trainer(accumulate_grad_batches=50, max_epochs=1, limit_val_batches=0).fit(Slow())
+    """
+    outcome = elastic(script("nowhere", 9, NORMALIZED) + textwrap.dedent(more), "--grace", "1.2s")
+    assert outcome.code == 75, outcome.said
+    assert outcome.events("stop_decision")[0]["half_accumulated"] > 0
+    saved = state(outcome.run, 1)["state_dict"]
+    assert saved["norm.num_batches_tracked"] == saved["seen"] == 50
 
 
 def test_death_during_a_save_leaves_the_survivor_to_save_the_same_step(elastic: Elastic) -> None:
@@ -236,8 +304,6 @@ def test_a_dead_rank_of_a_sharded_job_takes_its_shard_along_and_the_ledger_says_
 
 
 def test_a_worker_that_dies_while_the_run_stops_is_rescued_and_the_run_ends_as_saved(elastic: Elastic) -> None:
-    import os
-
     more = f"""
     class Both(Victim):
         def training_step(self, batch, batch_idx):

@@ -293,6 +293,113 @@ def test_a_stop_while_one_rank_waits_in_init_process_group_for_the_other_ends_bo
     assert len(first.events("workers_started")) == 1
 
 
+def test_a_rank_does_not_wait_for_a_peer_that_has_left_before_it_came_to_its_trainer(elastic: Elastic) -> None:
+    """Rank 0 is there already, and waits where nobody hears of the end of a peer."""
+    body = """
+import datetime, time
+from lightning.pytorch.callbacks import Checkpoint
+
+class Late(pl.Callback):
+    def setup(self, trainer, module, stage):
+        if RANK == 1:
+            while not (HERE / "waits").exists():
+                time.sleep(0.001)
+            to_launcher()()
+            time.sleep(60)
+
+class Waits(Checkpoint):  # such callbacks are called after all others
+    def setup(self, trainer, module, stage):
+        if RANK == 0:
+            (HERE / "waits").touch()
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.wait(["from rank 1"], datetime.timedelta(minutes=5))
+
+trainer(Late(), Waits(), enable_checkpointing=True).fit(Model())
+"""
+    first = elastic(TELL + body)
+    assert first.code == 143
+    assert first.events("stragglers") == []
+    codes = {one["rank"]: one["code"] for one in first.events("worker_exit")}
+    assert codes == {0: 1, 1: 143}
+
+
+def test_a_signal_to_one_rank_is_heard_at_once_while_it_waits_in_a_collective(elastic: Elastic) -> None:
+    body = """
+import sys, threading, time
+from elastic_fit.callbacks import session
+
+def strike_in_the_collective():
+    main = threading.main_thread().ident
+    while sys._current_frames()[main].f_code.co_name != "_engine_run_backward":
+        time.sleep(0.001)
+    note("told", time.time())
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class Apart(Model):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5 and RANK == 1:
+            threading.Thread(target=strike_in_the_collective).start()
+        if self.global_step == 5 and RANK == 0:
+            limit = time.monotonic() + 20
+            while not session.current().board.request and time.monotonic() < limit:
+                time.sleep(0.001)
+        return super().training_step(batch, batch_idx)
+
+trainer(max_epochs=2000).fit(Apart())
+"""
+    first = elastic(TELL + body)
+    (asked,) = first.events("stop_requested")
+    assert (asked["source"], asked["reason"], asked["rank"]) == ("worker", "SIGTERM", 1)
+    assert asked.t - float(first.notes("told")[0]) < 1
+    assert first.code == 75
+
+
+def test_a_script_that_has_signals_written_to_its_own_event_loop_keeps_that_and_is_heard_as_well(
+    elastic: Elastic,
+) -> None:
+    body = """
+import asyncio, threading
+
+def serve():
+    loop.run_until_complete(arrived.wait())
+
+loop = asyncio.new_event_loop()
+arrived = asyncio.Event()
+loop.add_signal_handler(signal.SIGWINCH, arrived.set)
+server = threading.Thread(target=serve, daemon=True)
+server.start()
+
+def to_both():
+    os.kill(os.getpid(), signal.SIGWINCH)
+    server.join(20)
+    note("served", not server.is_alive())
+    to_me()()
+
+trainer(At(5, to_both, rank=1), max_epochs=2000).fit(Model())
+"""
+    first = elastic(TELL + body)
+    assert first.code == 75, first.output()
+    assert first.notes("served") == ["True"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stop_saves_a_step_again_whose_save_has_just_failed(elastic: Elastic, workers: int) -> None:
+    body = """
+import errno
+from elastic_fit.supervisor.store import Staged, SaveFailed
+def commit(self, facts, commit=Staged.commit, **rest):
+    if facts.step == 5 and facts.kind != "stop":
+        raise SaveFailed(self.target, OSError(errno.ENOSPC, "no space"))
+    return commit(self, facts, **rest)
+Staged.commit = commit
+trainer(At(5, told(to_launcher()))).fit(Model())
+"""
+    first = elastic(TELL + body, "--checkpoint-steps", "5", workers=workers)
+    assert [one["step"] for one in first.events("save_failed")] == [5]
+    assert first.code == 75
+    assert decision(first)["step"] == first.steps()[-1]
+
+
 def test_a_signal_while_a_stopped_rank_tears_down_does_not_undo_that_it_has_saved(elastic: Elastic) -> None:
     first = elastic(TELL + TEARS_DOWN + "trainer(Torn(), At(5, told(to_launcher()))).fit(Model())\n")
     assert [one["code"] for one in first.events("worker_exit")] == [75, 75]

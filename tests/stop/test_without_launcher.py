@@ -222,3 +222,58 @@ assert "_broadcast_sigterm_tensor" not in vars(made[0].fit_loop.epoch_loop)
         1,
     )
     assert ranks.codes() == [0], ranks.said()
+
+
+def test_lightnings_handlers_are_back_after_a_fit_that_the_script_saw_fail(started) -> None:
+    ranks = started(
+        """
+made = []
+make = trainer
+def trainer(*callbacks, **options):
+    made.append(make(*callbacks, At(3, fall_over), **options))
+    return made[-1]
+before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+try:
+    fit()
+except RuntimeError:
+    pass
+assert made[0].global_step == 3
+assert {number: signal.getsignal(number) for number in before} == before
+assert signal.set_wakeup_fd(-1) == -1
+assert "_broadcast_sigterm_tensor" not in vars(made[0].fit_loop.epoch_loop)
+assert "register_signal_handlers" not in vars(made[0]._signal_connector)
+os.kill(os.getpid(), signal.SIGTERM)
+""",
+        1,
+    )
+    assert ranks.codes() == [-signal.SIGTERM], ranks.said()
+
+
+def test_a_signal_to_a_rank_that_waits_in_a_collective_is_heard_at_once(started) -> None:
+    ranks = started(
+        """
+import sys, threading
+from elastic_fit.callbacks import desk
+
+def strike_in_the_collective():
+    main = threading.main_thread().ident
+    while sys._current_frames()[main].f_code.co_name != "_engine_run_backward":
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+class Apart(Long):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5 and RANK == 1:
+            threading.Thread(target=strike_in_the_collective).start()
+        if self.global_step == 5 and RANK == 0:
+            limit = time.monotonic() + 20
+            while not desk.current().request and time.monotonic() < limit:
+                time.sleep(0.001)
+            note("heard", desk.current().request)
+        return super().training_step(batch, batch_idx)
+Long = Apart
+fit()
+"""
+    )
+    assert ranks.codes() == [75, 75], ranks.said()
+    assert (ranks.folder / "heard.notes").read_text().split() == ["1"]
