@@ -37,7 +37,7 @@ def _adapt() -> None:
     adapt_trainer()
     worker = session.current()
     if worker is not None:
-        keep_readers(worker.board)
+        keep_readers(worker.board, worker.latch)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -24,26 +24,28 @@ from torch.utils.data._utils import worker as torch_worker
 
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.supervisor.board import Board, Phase
-from elastic_fit.supervisor.stop import STOP_SIGNALS
 
 _torch_loop = torch_worker._worker_loop
-_board: Board | None = None
+_rank: tuple[Board, Latch] | None = None
 
 
-def keep_readers(board: Board) -> None:
+def keep_readers(board: Board, latch: Latch) -> None:
     """From here on, have the workers of every DataLoader of this process stay, and tell `board`."""
-    global _board
-    _board = board
+    global _rank
+    _rank = board, latch
     torch_worker._worker_loop = _loop  # type: ignore[assignment]
 
 
 @functools.wraps(_torch_loop)
 def _loop(*args: Any) -> None:
-    """Run torch's loop in a DataLoader's worker; SIGTERM waits from here until `_Start` is ready for it."""
-    if _board is not None:
+    """Run torch's loop in a DataLoader's worker; signals wait from here until `_Start` is ready for them."""
+    if _rank is not None:
+        board, latch = _rank
         found = inspect.signature(_torch_loop).bind(*args)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        found.arguments["init_fn"] = _Start(_board, found.arguments["done_event"], found.arguments["init_fn"])
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *latch.latched_before_fork})
+        found.arguments["init_fn"] = _Start(
+            board, latch.latched_before_fork, found.arguments["done_event"], found.arguments["init_fn"]
+        )
         args = found.args
     _torch_loop(*args)
 
@@ -53,20 +55,21 @@ class _Start:
 
     Args:
         board: the rank's.
+        latched: the signals that the rank latches; a script's own meaning of the others is left alone.
         done: set where the DataLoader wants its workers to end.
         then: the script's own, if it has one.
     """
 
-    def __init__(self, board: Board, done: Event, then: Any) -> None:
+    def __init__(self, board: Board, latched: Collection[int], done: Event, then: Any) -> None:
         self._board = board
+        self._latched = latched
         self._done = done
         self._then = then
 
     def __call__(self, worker_id: int) -> None:
-        latched = [number for number in STOP_SIGNALS if _is_latched(number)]
-        if latched:
-            self._hear(latched)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if self._latched:
+            self._hear(self._latched)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, *self._latched})
         if self._then is not None:
             self._then(worker_id)
 
@@ -86,8 +89,3 @@ class _Start:
                 os._exit(0)
             if number in latched:
                 self._board.ask_back(number)
-
-
-def _is_latched(number: int) -> bool:
-    """Whether the rank latches this signal; a script's own meaning of it is left alone."""
-    return isinstance(getattr(signal.getsignal(number), "__self__", None), Latch)

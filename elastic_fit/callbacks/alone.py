@@ -29,7 +29,7 @@ def begin() -> tuple[Board, Latch]:
     latch = Latch(board)
     thread = threading.Thread(target=_answer, args=(board, latch), name="elastic-fit-stop", daemon=True)
     thread.start()
-    keep_readers(board)
+    keep_readers(board, latch)
     atexit.register(_end, board, os.getpid())
     return board, latch
 

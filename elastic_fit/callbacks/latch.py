@@ -38,11 +38,13 @@ class Latch:
         self._reader, self._writer = os.pipe()
         for descriptor in (self._reader, self._writer):
             os.set_blocking(descriptor, False)
-        os.register_at_fork(after_in_child=self._hear_no_more)  # a fork's signals are not this process's
+        os.register_at_fork(after_in_child=self._leave_to_fork)
         self.is_in_trainer = False
         """Whether boundaries are to come."""
         self.is_leaving = False
         """Whether a handler has sent the main thread on its way out."""
+        self.latched_before_fork: tuple[int, ...] = ()
+        """In a fork of this process: the signals that this one latches."""
 
     @property
     def is_installed(self) -> bool:
@@ -73,10 +75,7 @@ class Latch:
         """Put back what was there before."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self._hear_no_more()
-        for number, handler in self._before.items():
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, handler)
+        self._put_back()
         self._before = {}
 
     def wait(self, seconds: float) -> None:
@@ -89,9 +88,18 @@ class Latch:
             if signal.getsignal(number) == self._handle:
                 self._board.ask_back(number)
 
-    def _hear_no_more(self) -> None:
+    def _leave_to_fork(self) -> None:
+        """In a process of the script's own (of a pool, say): a signal ends it like any other, and nothing else."""
+        self.latched_before_fork = self._put_back()
+
+    def _put_back(self) -> tuple[int, ...]:
+        """Have signals go where they went before; returns those that were ours."""
         if (found := signal.set_wakeup_fd(-1)) != self._writer:
             signal.set_wakeup_fd(found)
+        ours = tuple(number for number in self._before if signal.getsignal(number) == self._handle)
+        for number in ours:
+            signal.signal(number, self._before[number])
+        return ours
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         is_told = bool(self._board.request)

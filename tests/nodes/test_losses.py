@@ -124,3 +124,15 @@ def test_every_node_is_replaced_one_after_another(hosts: Cluster) -> None:
         hosts.wait_until(lambda changed=changed: hosts.trains_with(2, after=changed))
     assert {member.name for member in hosts.roster().members} == {"h4", "h1"}
     assert_it_ends_well(hosts, *running.values())
+
+
+def test_a_second_interrupt_ends_a_node_at_once_that_waits_for_one_that_does_not_answer(hosts: Cluster) -> None:
+    first, second = hosts.launch("h1", nodes="2:2"), hosts.launch("h2", nodes="2:2")
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    os.kill(second.process.pid, signal.SIGSTOP)
+    os.kill(first.process.pid, signal.SIGINT)
+    hosts.wait_until(lambda: first.told("SIGINT: saving and stopping"))
+    began = time.monotonic()
+    os.kill(first.process.pid, signal.SIGINT)
+    assert first.process.wait(60) == 130, first.text()
+    assert time.monotonic() - began < 3

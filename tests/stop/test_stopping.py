@@ -497,6 +497,35 @@ batches, left = read()
     assert outcome.notes("left") == ["0"]
 
 
+def test_a_process_of_the_scripts_own_that_it_ends_by_sigterm_ends_and_stops_nothing(
+    elastic: Elastic,
+) -> None:
+    body = """
+import multiprocessing, time
+
+def serve(ready):
+    ready.set()
+    time.sleep(60)
+
+def employ():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    helper = context.Process(target=serve, args=(ready,))
+    helper.start()
+    ready.wait(20)
+    helper.terminate()
+    helper.join(20)
+    note("helper", helper.exitcode)
+    helper.kill()
+
+trainer(At(5, employ, rank=0)).fit(Model())
+"""
+    outcome = elastic(TELL + body)
+    assert outcome.notes("helper") == ["-15"]
+    assert outcome.events("stop_requested") == []
+    assert outcome.code == 0
+
+
 def test_a_file_and_a_callable_stop_it_as_well(elastic: Elastic, tmp_path: Path) -> None:
     touch = f"lambda: Path({str(tmp_path / 'spot')!r}).touch()"
     first = elastic(
