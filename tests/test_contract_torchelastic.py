@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+from torch.distributed.elastic.agent.server import api
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import to_map
@@ -45,6 +46,13 @@ def test_run_calls_the_replaced_hooks_and_nothing_else_that_starts_or_ends_proce
     source = inspect.getsource(SimpleElasticAgent.run)
     assert "self._invoke_run(role)" in source
     assert "self._shutdown(timeout=self._shutdown_timeout)" in source
+
+
+def test_name_of_the_host_is_looked_up_by_the_function_that_is_replaced() -> None:
+    from elastic_fit.launch.names import full_name
+
+    assert "_get_fq_hostname()" in inspect.getsource(SimpleElasticAgent._construct_event)
+    assert api._get_fq_hostname is full_name
 
 
 def test_workers_environment_is_the_one_that_torchrun_sets() -> None:

@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import Store
+from torch.distributed.elastic.agent.server import api
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.events import handlers
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.utils import macros
+
+from elastic_fit.launch.names import full_name
+
+# Every event of an agent looks this host's name up anew, two of them in each round: ten seconds each where the name
+# server is silent.
+api._get_fq_hostname = full_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

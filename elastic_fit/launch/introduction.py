@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
-
 from elastic_fit.launch.arbiter import Arbiter
 from elastic_fit.launch.membership import NodeRefused
+from elastic_fit.launch.names import look_up
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.roster import Phase, Profile, Roster, refusal
 
@@ -39,20 +38,16 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     return host, int(port or DEFAULT_PORT)
 
 
-def is_here(host: str) -> bool:
-    """Whether that name or address is this machine's."""
-    try:
-        wanted = socket.gethostbyname(host)
-    except OSError:
-        return host == socket.gethostname()
-    known = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
-    return wanted in known
-
-
 def ask(host: str, port: int) -> Profile | None:
     """Who answers there; None where nobody does, or somebody who is no agent of ours."""
+    address = look_up(host)
+    if address is None:
+        return None
     try:
-        with socket.create_connection((host, port), timeout=DIAL_S) as connection, connection.makefile("rb") as lines:
+        with (
+            socket.create_connection((address, port), timeout=DIAL_S) as connection,
+            connection.makefile("rb") as lines,
+        ):
             message: dict[str, Any] = json.loads(lines.readline())
             return Profile.parse(message["profile"])
     except (OSError, ValueError, KeyError, TypeError):

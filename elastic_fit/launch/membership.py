@@ -6,12 +6,12 @@ a store of its own, served by the agent that formed it.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousHandler,
@@ -26,7 +26,7 @@ from elastic_fit.supervisor.errors import ElasticFitError
 from elastic_fit.supervisor.membership import End, Form, Train, Wait
 from elastic_fit.supervisor.roster import Cause, Phase, Roster
 
-MEETING_TIMEOUT = timedelta(seconds=5)
+MEETING_S = 5.0
 """How long a node tries to reach a new round's store before it says that the round has failed."""
 ANSWER_S = 30.0
 """How long a leader waits for the arbiter's answer before it looks at the situation anew."""
@@ -145,7 +145,7 @@ class ElasticRendezvous(RendezvousHandler):
         self._newest_generation = newest_generation
         self._take_generation = take_generation
         self._judge: Callable[[Gathered], Verdict] | None = None
-        self._store: TCPStore | None = None
+        self._store: Store | None = None
         self._hosted: tuple[int, TCPStore] | None = None
         self._round = 0
         self.idle = idle
@@ -389,9 +389,11 @@ class ElasticRendezvous(RendezvousHandler):
                 self._store = self._hosted[1]
             else:
                 self._hosted = None
-                self._store = TCPStore(address, int(port), is_master=False, timeout=MEETING_TIMEOUT)
-                self._store.set_timeout(STORE_TIMEOUT)
-        except RuntimeError:
+                # Agents have nothing to tell one another there: it is all in the roster. That it can be reached is
+                # enough, and a client of torch's would look up the name of the host first (see docs/elastic.md).
+                socket.create_connection((address, int(port)), timeout=MEETING_S).close()
+                self._store = HashStore()
+        except OSError:
             self.report(Report(cause=Cause.FAILED))
             return None
         return RendezvousInfo(self._store, rank, len(roster.members), RendezvousStoreInfo(address, int(port)))

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.closing import close
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
+from elastic_fit.launch.names import interface_of, is_free, is_here, look_up, own_address
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.supervisor.errors import PortTaken
@@ -157,6 +156,8 @@ class _Node:
     identity: Identity
     guest_of: Roster | None = None
     """The job that others have begun, where this node is a guest in it."""
+    _address: str = ""
+    """Where others reach this node."""
     _start: JobStart | None = None
     _waits_for: str = ""
     _tell_at_s: float = 0.0
@@ -203,6 +204,7 @@ class _Node:
 
         args = self.invocation.torchrun
         name = run_name(self.invocation, self.identity)
+        self._address = args.local_addr or own_address(self.console.line)
         own_traits = traits(self.invocation, self.identity)
         if self.guest_of is not None:
             own_traits = adopt(own_traits, self.guest_of)
@@ -219,7 +221,7 @@ class _Node:
         profile = Profile(
             node=f"{host}-{os.getpid()}-{secrets.token_hex(3)}",
             name=host,
-            address=args.local_addr or own_address(),
+            address=self._address,
             port=links.port,
             workers=determine_local_world_size(args.nproc_per_node),
             wish=args.node_rank or None,
@@ -238,7 +240,7 @@ class _Node:
 
     def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
-        from elastic_fit.launch.introduction import introduce, is_here, parse_endpoint
+        from elastic_fit.launch.introduction import introduce, parse_endpoint
 
         args, job = self.invocation.torchrun, self.invocation.job
         chosen = int(self.invocation.rendezvous.get("port", 0))
@@ -292,7 +294,7 @@ class _Node:
         """A planner for whatever generation the current round has."""
         from elastic_fit.launch.planner import Planner
 
-        interface = interface_of(self.invocation.torchrun.local_addr or own_address())
+        interface = interface_of(self._address)
         begun: list[int] = []
 
         def plan(
@@ -333,42 +335,7 @@ def job_start(invocation: Invocation, folder: RunDir, ledger: Ledger, console: C
 
 def reachable(node: str, controller: Controller) -> str:
     """A name or an address of a SLURM node that resolves here."""
-    try:
-        return socket.gethostbyname(node)
-    except OSError:
-        return controller.address(node)
-
-
-def own_address() -> str:
-    """An address of this host that others can reach: what its name resolves to, else that of its first interface."""
-    try:
-        found = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        found = "127.0.0.1"
-    if not found.startswith("127."):
-        return found
-    for addresses in psutil.net_if_addrs().values():
-        for address in addresses:
-            if address.family == socket.AF_INET and not address.address.startswith("127."):
-                return str(address.address)
-    return "127.0.0.1"
-
-
-def is_free(port: int) -> bool:
-    """Whether nobody listens on that port: a second agent on the endpoint's host takes another one."""
-    try:
-        socket.create_server(("0.0.0.0", port)).close()
-    except OSError:
-        return False
-    return True
-
-
-def interface_of(address: str) -> str | None:
-    """Name of the interface that has `address`."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(known.family == socket.AF_INET and known.address == address for known in addresses):
-            return str(name)
-    return None
+    return look_up(node) or controller.address(node)
 
 
 def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
