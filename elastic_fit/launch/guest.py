@@ -9,10 +9,10 @@ from __future__ import annotations
 import select
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from elastic_fit.launch.arbiter import ArbiterLost
 from elastic_fit.launch.introduction import is_anybody_there
+from elastic_fit.launch.stopping import Latch
 from elastic_fit.supervisor.errors import ElasticFitError
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.roster import Phase, Roster
@@ -25,13 +25,6 @@ ADOPTED = ("job", "start", "nodes")
 
 class NothingToJoin(ElasticFitError):
     """No job trains in the run folder that a guest was sent to."""
-
-
-class Latch(Protocol):
-    """Signals that have arrived."""
-
-    def fileno(self) -> int:
-        """Readable when a signal is waiting."""
 
 
 def find_job(
