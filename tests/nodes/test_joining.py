@@ -67,7 +67,10 @@ def test_two_newcomers_cause_one_change_and_strangers_are_refused_by_name(hosts:
     versioned = [
         hosts.launch("h4", PYTHONPATH=str(pretend_version(tmp_path, name))) for name in ("torch", "elastic_fit")
     ]
+    hosts.hold("save")  # for one of them; how soon the other one comes is up to the machine
     newcomers = [hosts.launch("h2"), hosts.launch("h3")]
+    hosts.wait_until(lambda: all(one.told("the nodes gather with h1") for one in newcomers))
+    hosts.let_go("save")
     hosts.wait_until(lambda: hosts.trains_with(3))
     assert hosts.worlds() == [1, 3]
     assert [one.process.wait(30) for one in (changed, *versioned)] == [1, 1, 1]
