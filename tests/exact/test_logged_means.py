@@ -228,23 +228,6 @@ def test_a_survivors_own_numbers_stand_in_for_those_of_all_ranks(elastic: Elasti
     assert epochs(rescued)[0]["mean"] != expected[0]["mean"], "all means are exact by now: say so in docs/same-run.md"
 
 
-def test_a_rank_that_dies_after_an_epochs_last_batch_costs_neither_its_validation_nor_its_row(elastic: Elastic) -> None:
-    validated = """
-    def validation_step(self, batch, batch_idx):
-        self.log("val", batch[0].mean() * (1 + self.global_step), sync_dist=True)
-
-    def val_dataloader(self):
-        return DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=2)
-
-    def train_dataloader("""
-    script = SCRIPT.replace("\n    def train_dataloader(", validated)
-    outcome = elastic(script + "train(At(12, die, rank=1))\n", "--checkpoint-steps", "50")
-    assert outcome.code == 0, outcome.output()
-    assert [event["step"] for event in outcome.events("rescue")] == [12]
-    assert [(row["step"], row["samples"], row["total"]) for row in epochs(outcome)] == [(11, 48, 48), (23, 48, 48)]
-    assert [(row["step"], row["val"]) for row in rows(outcome) if "val" in row] == [(11, 13), (23, 25)]
-
-
 def tallies() -> st.SearchStrategy[list[dict[str, Tally]]]:
     """What each of some ranks has logged."""
 
