@@ -228,6 +228,7 @@ def test_a_dataloader_looks_its_workers_loop_up_and_says_there_when_they_are_to_
     loop = inspect.signature(torch_worker._worker_loop).parameters
     assert {"done_event", "init_fn"} <= set(loop)
     assert "target=_utils.worker._worker_loop" in inspect.getsource(torch_dataloader)
+    assert "_utils.signal_handling._set_worker_pids(" in inspect.getsource(torch_dataloader)
     body = inspect.getsource(torch_worker._worker_loop)
     assert body.index("_set_worker_signal_handlers()") < body.index("init_fn(worker_id)")
     ends = inspect.getsource(torch_dataloader._MultiProcessingDataLoaderIter._shutdown_workers)

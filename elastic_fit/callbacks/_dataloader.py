@@ -5,41 +5,100 @@ rank, wherever that is: a stop would find no boundary, or a rank in the middle o
 the rank's board, like the rank itself, and stay. SIGTERM is also how a DataLoader, or an interpreter at its end, gets
 rid of a worker that hangs: then it still ends the worker.
 
+Before Python 3.12 a fork may leave its child with a lock of the interpreter's that another thread (gloo's, say) held at
+that moment: it never begins, and its rank would wait for its data for ever (seen once, in a run of all tests). See
+`end_unborn`.
+
 Holds for torch 2.10 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here. Loaders that start
 their workers by ``spawn`` or ``forkserver`` have no board to tell, and keep torch's ways.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import logging
 import os
 import signal
+import struct
 import threading
+import time
 from collections.abc import Collection
 from multiprocessing.synchronize import Event
 from typing import Any
 
+import psutil
+from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils import worker as torch_worker
 
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.supervisor.board import Board, Phase
 
+log = logging.getLogger("elastic_fit")
+
+START_S = 30.0
+"""Who was forked to read data and has not begun for so long never will."""
+
 _torch_loop = torch_worker._worker_loop
+_torch_set_pids = signal_handling._set_worker_pids
 _rank: tuple[Board, Latch] | None = None
+_births: tuple[int, int] | None = None
+"""A pipe: workers write their pid into it as they begin."""
+_awaited: dict[int, float] = {}
+"""Until when each worker that was started is to have begun, seconds on the monotonic clock."""
+_begun: set[int] = set()
+"""Those that have, before they were awaited."""
 
 
 def keep_readers(board: Board, latch: Latch) -> None:
     """From here on, have the workers of every DataLoader of this process stay, and tell `board`."""
-    global _rank
+    global _rank, _births
     _rank = board, latch
+    _births = os.pipe()
+    for descriptor in _births:
+        os.set_blocking(descriptor, False)
     torch_worker._worker_loop = _loop  # type: ignore[assignment]
+    signal_handling._set_worker_pids = _await
+
+
+def end_unborn() -> None:
+    """Kill the workers that have not begun in time; torch raises in the rank then. To be called from time to time."""
+    if not _awaited or _births is None:
+        return
+    with contextlib.suppress(BlockingIOError):
+        while told := os.read(_births[0], 4096):
+            _begun.update(pid for (pid,) in struct.iter_unpack("i", told))
+    for pid, until in list(_awaited.items()):
+        if pid in _begun or time.monotonic() > until:
+            del _awaited[pid]
+            if pid not in _begun and _is_own_fork(pid):
+                log.warning("elastic-fit: a process that was to read data (pid %d) has never begun: killing it", pid)
+                os.kill(pid, signal.SIGKILL)
+            _begun.discard(pid)
+
+
+def _await(key: int, child_pids: tuple[int, ...]) -> None:
+    """Where a DataLoader says which workers it has started."""
+    _torch_set_pids(key, child_pids)
+    _awaited.update(dict.fromkeys(child_pids, time.monotonic() + START_S))
+
+
+def _is_own_fork(pid: int) -> bool:
+    """Whether it runs as a copy of this process: one that was spawned does not, and says nothing as it begins."""
+    try:
+        child = psutil.Process(pid)
+        return child.ppid() == os.getpid() and child.cmdline() == psutil.Process().cmdline()
+    except psutil.Error:
+        return False
 
 
 @functools.wraps(_torch_loop)
 def _loop(*args: Any) -> None:
     """Run torch's loop in a DataLoader's worker; signals wait from here until `_Start` is ready for them."""
-    if _rank is not None:
+    if _rank is not None and _births is not None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(_births[1], struct.pack("i", os.getpid()))
         board, latch = _rank
         found = inspect.signature(_torch_loop).bind(*args)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *latch.latched_before_fork})

@@ -9,7 +9,7 @@ import signal
 import threading
 
 from elastic_fit.callbacks import _lightning
-from elastic_fit.callbacks._dataloader import keep_readers
+from elastic_fit.callbacks._dataloader import end_unborn, keep_readers
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.callbacks.notice import NOTICES
 from elastic_fit.supervisor.agreement import STOP_KEY
@@ -45,6 +45,7 @@ def _answer(board: Board, latch: Latch) -> None:
     store: _lightning.Store | None = None
     while True:
         latch.wait(LOOK_S)
+        end_unborn()
         why = _wanted_here(board)
         try:
             store = store or _lightning.own_connection()

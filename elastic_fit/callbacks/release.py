@@ -5,6 +5,7 @@
   breaks just as an operation begins (seen once in a hundred kills), and a kernel of a device may never return.
 - The way out of a worker that is told to stop while it waits for its peers to start: there is nothing to be saved.
 - Notices of the user's are asked whether to stop.
+- Processes that were forked to read data and never began are ended.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from elastic_fit.callbacks._dataloader import end_unborn
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.callbacks.notice import NOTICES
 from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode, Word
@@ -50,6 +52,7 @@ def _run(board: Board, latch: Latch) -> None:
     asks_notices = os.environ.get("LOCAL_RANK", "0") == "0"
     while not _is_asked_to_leave(board):
         latch.wait(LOOK_S)
+        end_unborn()
         if asks_notices and not board.request and (why := NOTICES.look()):
             log.warning("elastic-fit: asked to stop: %s", why)
             board.ask_back(NOTICED)

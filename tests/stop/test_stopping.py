@@ -497,6 +497,28 @@ batches, left = read()
     assert outcome.notes("left") == ["0"]
 
 
+def test_a_process_that_was_forked_to_read_data_and_never_begins_costs_a_restart_and_no_step(elastic: Elastic) -> None:
+    body = """
+import pathlib, sys
+import elastic_fit.callbacks._dataloader as adapter
+adapter.START_S = 1.0
+
+def hang_once():  # where Python itself may stand before 3.12: in the child, before anything of torch's or ours
+    seen = pathlib.Path(sys.argv[0]).with_name("hung")
+    if not seen.exists():
+        seen.touch()
+        time.sleep(1000)
+
+os.register_at_fork(after_in_child=hang_once)
+trainer(max_steps=16).fit(Read())
+"""
+    outcome = elastic(TELL + READERS + body, workers=1)
+    assert outcome.code == 0, outcome.said + outcome.output()
+    assert "has never begun" in outcome.output()
+    assert len(outcome.events("decision")) == 1
+    assert outcome.notes("trained") == EVERY_STEP_ONCE
+
+
 def test_a_process_of_the_scripts_own_that_it_ends_by_sigterm_ends_and_stops_nothing(
     elastic: Elastic,
 ) -> None:
