@@ -12,6 +12,7 @@ import pytest
 from elastic_fit.launch.commands import diff
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.errors import UsageError
+from elastic_fit.supervisor.rundir import RunDir
 from tests.launching import Elastic
 
 
@@ -57,6 +58,7 @@ def test_a_run_that_was_killed_is_step_for_step_the_one_that_was_not(elastic: El
 
 
 def test_a_run_without_a_trace_is_a_mistake_that_is_named(tmp_path: Path) -> None:
+    RunDir(tmp_path).create(command=[])
     with pytest.raises(UsageError, match="has no trace") as mistake:
         compare(tmp_path, tmp_path)
     assert "--trace-steps" in mistake.value.hint
