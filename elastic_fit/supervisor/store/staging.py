@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class SaveFailed(StorageError):
         return self.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 
 
-class Staging(Generic[Place]):
+class Staging(abc.ABC, Generic[Place]):
     """A checkpoint that is being written. Leaving it as a context manager without `commit` removes what is there."""
 
     def __init__(self, root: Place, name: str, *, fence: Fence, generation: int) -> None:
@@ -52,13 +53,13 @@ class Staging(Generic[Place]):
         return self._root / self._name
 
     @property
+    @abc.abstractmethod
     def failure(self) -> OSError | None:
         """What storage said when it refused something to this process."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def discard(self) -> None:
         """Remove what is staged, unless it was committed."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ lock for most of their time, so the latter has a thread of its own, a bounded nu
 
 from __future__ import annotations
 
+import abc
 import errno
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ WAITING = 3
 """How many chunks may wait for the thread."""
 
 
-class DigestingStream:
+class DigestingStream(abc.ABC):
     """Bytes written front to back, whose digest is ready when the last one is.
 
     It has what `torch.save` and torch.distributed.checkpoint ask of a file: write, flush, tell, close. Where they go
@@ -84,7 +85,7 @@ class DigestingStream:
             raise
         self._free.append(view)
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - there is nothing to be overridden
         """Nothing: bytes are handed on as they come, and all of them are there after `close`."""
 
     def _drain(self) -> None:
@@ -93,13 +94,13 @@ class DigestingStream:
         if self._gathered:
             self._store(self._gathering[: self._gathered])
 
+    @abc.abstractmethod
     def _put(self, view: memoryview) -> None:
         """Store all of it, after what came before."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _finish(self, *, whole: bool) -> None:
         """Make durable what was put, if it is `whole`, and let go of it."""
-        raise NotImplementedError
 
     def tell(self) -> int:
         """Bytes written so far."""
