@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from elastic_fit.supervisor.ledger import Ledger
 
 
-def close(status: Status, result: Goodput, ledger: Ledger, console: Console) -> Status:
-    """Write down and say how the run has ended; returns its exit status."""
+def close(status: Status, result: Goodput, ledger: Ledger, console: Console, *, left: bool = False) -> Status:
+    """Write down and say how the run has ended, or this node's part of it (`left`); returns its exit status."""
     ledger.write(
         "finish",
         code=int(status),
+        **({"left": True} if left else {}),
         steps=result.steps,
         restarts=result.restarts,
         repeated=result.repeated,

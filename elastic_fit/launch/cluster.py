@@ -83,7 +83,8 @@ class ClusterAgent(ElasticAgent):
         self._nodes: tuple[str, ...] = ()
         self._ended_for: Change | None = None
         self._own_failures: Sequence[WorkerFailure] = ()
-        self._leaves = False
+        self.leaves = False
+        """Whether this node ends, and the job without it doesn't."""
         self._waits_no_more = False
         self._unbound = effects.ledger
         rendezvous.lead(self._judge_round)
@@ -98,7 +99,7 @@ class ClusterAgent(ElasticAgent):
             if isinstance(attempt, Result):
                 return attempt
             self._follow(attempt)
-            if self._leaves:
+            if self.leaves:
                 attempt.finish()
                 return self._ended_by_stop(saved=self._has_saved)
             self._rendezvous_of_nodes.report(self._report(attempt))
@@ -163,7 +164,7 @@ class ClusterAgent(ElasticAgent):
     def _while_waiting(self, why: str) -> None:
         self._note_signals()
         if self._stop is not None and (
-            self._leaves
+            self.leaves
             or self._waits_no_more
             or not self._rendezvous_of_nodes.is_member
             or self._fx.now_ns() >= self._stop.deadline_ns + int(VERDICT_S * 1e9)
@@ -227,11 +228,9 @@ class ClusterAgent(ElasticAgent):
     def _begin_stop(self, request: StopRequest) -> None:
         super()._begin_stop(request)
         rendezvous = self._rendezvous_of_nodes
-        if not rendezvous.is_member:
-            return  # it is this node alone that ends
         # An order in the run folder is for the job; whatever else asks a guest to stop means the guest.
-        self._leaves = request.source != "command" and rendezvous.leave()
-        if not self._leaves:
+        self.leaves = not rendezvous.is_member or (request.source != "command" and rendezvous.leave())
+        if not self.leaves:
             rendezvous.ask_stop(request.note(self._fx.now_ns()))
 
     def _report(self, attempt: Attempt) -> Report:
@@ -288,7 +287,7 @@ class ClusterAgent(ElasticAgent):
             restarts += 1
             if not self._wait_backoff(Restart(**told["decision"])):
                 assert self._stop is not None
-                if self._leaves:
+                if self.leaves:
                     raise StoppedWaiting
                 return self._conclude(gathered, self._stop.note(self._fx.now_ns()), failure=told)
         self._write_round(gathered, resume)

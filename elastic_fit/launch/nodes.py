@@ -168,7 +168,10 @@ class _Node:
         ledger = Ledger(self.folder.events)
         if self.guest_of is not None:
             ledger = ledger.bind(guest=True)
-        ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
+        args, where = self.invocation.torchrun, {}
+        if args.rdzv_backend in ETCD_BACKENDS:  # who looks at the folder later can ask there whether the job goes on
+            where = {"etcd": args.rdzv_endpoint, "job": run_name(self.invocation, self.identity)}
+        ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd(), **where)
         self.nursery.preload(self.invocation.preload)
         self._start = job_start(self.invocation, self.folder, ledger, self.console)
         # The signals stay latched to the end: a node that is still putting its job back is not to be ended by one.
@@ -189,7 +192,7 @@ class _Node:
             agent.forget_orders()
         finally:
             rendezvous.shutdown()
-        return close(agent.status, agent.tally or self._tally(), ledger, self.console)
+        return close(agent.status, agent.tally or self._tally(), ledger, self.console, left=agent.leaves)
 
     def _tally(self) -> Goodput:
         return account(read(self.folder.events))

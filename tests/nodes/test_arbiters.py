@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch import cli
 from elastic_fit.launch.arbiter import KEEP_VERSIONS, Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.etcd import EtcdArbiter
 from elastic_fit.supervisor.errors import StorageError, UsageError
 from elastic_fit.supervisor.roster import Phase, Roster
-from tests.nodes.cluster import Cluster
+from tests.nodes.cluster import Cluster, wait_until
 from tests.nodes.endings import assert_it_ends_well
+from tests.nodes.test_one_node import start
 
 
 def document(version: int, leader: str = "h1") -> bytes:
@@ -235,3 +238,26 @@ def test_of_two_sides_of_a_cut_one_that_sees_etcd_goes_on(
     healed = time.time()
     hosts.wait_until(lambda: hosts.trains_with(3, after=healed))
     assert_it_ends_well(hosts, *started, server="h4")
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_run_whose_nodes_agree_over_etcd_is_not_pruned_under_them(
+    tmp_path: Path, etcd: EtcdServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "job" / "run"
+    prune = ["prune", str(run), "--keep", "1"]
+    job = start(tmp_path / "job", "1:2", 100_000, "--rdzv-backend", "etcd", "--rdzv-endpoint", f"127.0.0.1:{etcd.port}")
+    try:
+        wait_until(lambda: (tmp_path / "job" / "steps.jsonl").exists(), 90)
+        assert cli.main([*prune, "--yes"]) == 74
+        assert "is going on" in capfd.readouterr().err
+        etcd.kill()
+        assert cli.main([*prune, "--yes"]) == 74
+        assert "can't tell whether the run" in capfd.readouterr().err
+        etcd.start()
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert cli.main([*prune, "--yes"]) == 0

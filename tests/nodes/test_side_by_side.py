@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,3 +77,28 @@ def test_node_that_joins_after_a_failure_is_no_recovery_of_it(nodes: Nodes) -> N
     took = [one["total_s"] for one in nodes.noted("recovered")]
     assert len(took) == 1
     assert took[0] < 30
+
+
+@pytest.mark.slow
+def test_spare_that_leaves_is_not_taken_for_the_end_of_the_run(nodes: Nodes) -> None:
+    first, _ = nodes.start("1:2"), nodes.start("1:2")
+    nodes.wait_until(lambda: nodes.train(4))
+    spare = nodes.start("1:2")
+    assert spare.stderr is not None
+    while "a spare: all 2 places are taken" not in (line := spare.stderr.readline()):
+        assert line, "it has ended instead of waiting"
+    spare.send_signal(signal.SIGTERM)
+    spare.communicate(timeout=10)
+    assert spare.returncode == 143
+    assert nodes.noted("finish", left=True)
+    run = str(nodes.folder / "run")
+    stop = subprocess.run(
+        [sys.executable, "-m", "elastic_fit", "stop", run, "--wait"], capture_output=True, text=True, timeout=60
+    )
+    assert "stopped (exit 75)" in stop.stdout + stop.stderr
+    assert stop.returncode == 0
+    assert first.wait(timeout=10) == 75
+    again = subprocess.run(
+        [sys.executable, "-m", "elastic_fit", "stop", run], capture_output=True, text=True, timeout=60
+    )
+    assert "nothing runs there" in again.stdout + again.stderr

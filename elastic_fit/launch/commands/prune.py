@@ -13,6 +13,7 @@ from elastic_fit.launch.commands.ls import size_text
 from elastic_fit.launch.inventory import is_checkpoint, stores
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.errors import RunIsHeld, StorageError, UsageError
+from elastic_fit.supervisor.ledger import read
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import (
     AnyOf,
@@ -174,13 +175,26 @@ def _is_held(folder: RunDir) -> RunIsHeld:
 
 
 def _has_nodes(folder: RunDir) -> bool:
-    """Whether a job of several nodes goes on there: its members, and no lock, hold the run."""
-    if not folder.membership.is_dir():
-        return False
-    from elastic_fit.launch.arbiter import FolderArbiter
+    """Whether a job of several nodes goes on there: its members, and no lock, hold the run.
+
+    Raises StorageError where only an etcd server can tell, and doesn't.
+    """
+    from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
     from elastic_fit.launch.introduction import is_going_on
 
-    return is_going_on(FolderArbiter(folder.membership))
+    arbiters: list[Arbiter] = [FolderArbiter(folder.membership)] if folder.membership.is_dir() else []
+    etcd = next((one for one in reversed(read(folder.events)) if one.event == "start" and one.get("etcd")), None)
+    if etcd is not None:
+        from elastic_fit.launch.etcd import EtcdArbiter
+
+        arbiters.append(EtcdArbiter.at(str(etcd["etcd"]), str(etcd["job"])))
+    try:
+        return any(is_going_on(arbiter) for arbiter in arbiters)
+    except ArbiterLost as error:
+        raise StorageError(
+            f"can't tell whether the run {folder.root} is going on: {error.message}",
+            hint="--dry-run works; prune when the nodes of the run can be asked again",
+        ) from error
 
 
 def _run_of(path: Path) -> RunDir | None:

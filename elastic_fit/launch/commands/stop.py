@@ -81,7 +81,7 @@ def stop(folder: RunDir, *, save: bool, wait: bool, pause: Callable[[float], Non
             return Told(state="not running")
         if heard is not None:
             limit_s = float(events[heard]["deadline_s"]) + BEYOND_GRACE_S
-            ended = next((one for one in events[heard:] if one.event == "finish"), None)
+            ended = next((one for one in events[heard:] if is_end_of_run(one)), None)
             if ended is not None or not wait:
                 return _told(events, ended)
         pause(LOOK_S)
@@ -89,10 +89,21 @@ def stop(folder: RunDir, *, save: bool, wait: bool, pause: Callable[[float], Non
 
 
 def is_running(events: Sequence[Event]) -> bool:
-    """Whether a launcher has started and none has said since then that it ended."""
-    # A guest comes and goes while the run does neither.
-    marks = [one.event for one in events if one.event in ("start", "finish") and not one.get("guest")]
-    return bool(marks) and marks[-1] == "start"
+    """Whether a launcher has started that neither has left alone nor was there when the run ended."""
+    launchers: set[tuple[str, int]] = set()
+    for one in events:
+        if one.event == "start" and not one.get("guest"):
+            launchers.add((one.host, one.pid))
+        elif is_end_of_run(one):
+            launchers.clear()
+        elif one.event == "finish":
+            launchers.discard((one.host, one.pid))
+    return bool(launchers)
+
+
+def is_end_of_run(event: Event) -> bool:
+    """Whether the run has ended with it, and not just one node's part of it: guests and spares come and go."""
+    return event.event == "finish" and not event.get("guest") and not event.get("left")
 
 
 def text_of(told: Told) -> str:
