@@ -144,9 +144,10 @@ class ElasticCheckpoint(ModelCheckpoint):
             )
         store = self._make_store(self.dirpath)
         self._seals.add(self.dirpath, store)
-        if trainer.is_global_zero and session.current() is None:
+        # The launcher has done it, but for folders that it doesn't know.
+        if trainer.is_global_zero and (session.current() is None or is_remote(self.dirpath)):
             with self._seals.telling():  # the other ranks wait for what this one chooses
-                store.sweep()  # under the launcher, it has been done
+                store.sweep()
         if path is not None:
             _lightning.resume_from(trainer, path)
 

@@ -15,8 +15,9 @@ import torch
 from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid, verify
 from elastic_fit.supervisor.errors import FencedOff
 from elastic_fit.supervisor.store import SUFFIX, CheckpointStore, Facts, SaveFailed, open_store
+from elastic_fit.supervisor.store.manifest import Manifest
 from elastic_fit.supervisor.store.objects import Objects, Upload
-from elastic_fit.supervisor.store.remote import RemoteStore
+from elastic_fit.supervisor.store.remote import MARK, RemoteStore
 from tests.checkpoint.models import At, Line, fall_over, trainer
 
 
@@ -206,6 +207,76 @@ def test_no_pause_however_short_lets_two_leaders_write_one_new_name(
         save(RemoteStore(url, fence=fence, generation=1), 3, "step=9.ckpt")
     assert acknowledged == [9]
     assert newest(url) == 9
+
+
+class Dies(Exception):
+    """The client is gone."""
+
+
+@pytest.mark.parametrize("act", ["removed", "replaced"])
+def test_a_deletion_that_was_interrupted_anywhere_is_finished_by_those_who_come_after(
+    url: str, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(store: CheckpointStore) -> None:
+        store.remove("step=1.ckpt") if act == "removed" else save(store, 3, "last.ckpt")
+
+    written = {"put_new", "delete", "copy"}
+    originals = {name: getattr(Objects, name) for name in written}
+    requests = 0
+    dies_at = 0
+
+    def counted(name: str) -> Callable[..., Any]:
+        def request(*args: Any) -> Any:
+            nonlocal requests
+            requests += 1
+            if 0 < dies_at <= requests:
+                raise Dies
+            return originals[name](*args)
+
+        return request
+
+    for name in written:
+        monkeypatch.setattr(Objects, name, counted(name))
+    prepared(url)
+    requests = 0
+    change(open_store(url))
+    count, whole = requests, objects()
+    for dies_at in range(1, count + 1):
+        fsspec.filesystem("memory").store.clear()
+        requests = -100
+        prepared(url)
+        requests = 0
+        with pytest.raises(Dies):
+            change(open_store(url))
+        dies_at = 0
+        for _ in range(2):
+            open_store(url).sweep()
+            change(open_store(url))
+        assert open_store(url).leftovers() == []
+        assert newest(url) == newest_of(whole)
+        names = {name.rpartition("/")[2] for name in objects()}
+        assert not {name for name in names if name.endswith(MARK)}
+        assert [name for name in names if not name.endswith(SUFFIX) and name + SUFFIX not in names] == []
+
+
+def newest_of(found: dict[str, bytes]) -> int:
+    return max(Manifest.parse(data).step for name, data in found.items() if name.endswith(SUFFIX))
+
+
+def test_a_name_that_was_used_again_after_an_interrupted_deletion_stays(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(open_store(url), 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Objects, "delete", lambda *_: (_ for _ in ()).throw(Dies))
+        with pytest.raises(Dies):
+            open_store(url).remove("step=1.ckpt")
+    store = open_store(url)
+    assert store.leftovers() == ["step=1.ckpt"]
+    save(store, 1)
+    assert store.sweep() == ["step=1.ckpt"]
+    assert store.leftovers() == []
+    assert newest(url) == 1
 
 
 def test_last_is_a_copy_that_any_tool_can_open(url: str) -> None:

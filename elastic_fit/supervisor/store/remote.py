@@ -37,6 +37,7 @@ from elastic_fit.supervisor.store.manifest import (
     ManifestError,
     aside_name,
     check_relative,
+    split_aside,
 )
 from elastic_fit.supervisor.store.objects import Objects, Url
 from elastic_fit.supervisor.store.staging import SaveFailed, Staging
@@ -47,6 +48,8 @@ PART_BYTES = 64 << 20
 """Size of an upload's parts. S3 takes 10,000 of them, so this allows for checkpoints of up to 640 GB."""
 READ_BYTES = 8 << 20
 READS_AHEAD = 4
+MARK = ".deleting"
+"""How the object is called that tells: this checkpoint is being deleted, or is to be once it has a successor."""
 
 
 class ObjectStream(DigestingStream):
@@ -118,6 +121,7 @@ class RemoteStaged(Staging[Url]):
         aside = None
         if verdict.valid and verdict.manifest is not None:
             aside = aside_name(self._name, f"{self._generation}-{secrets.token_hex(4)}")
+            self._objects.put_new(mark_of(aside), b"until its successor is committed")
             self._objects.copy(self._name, aside)
             self._objects.put_new(aside + SUFFIX, verdict.manifest.to_bytes())
         delete(self._objects, self._name, self._fence)
@@ -139,6 +143,7 @@ class RemoteStaged(Staging[Url]):
             self._committed = True
             if self._aside is not None:
                 delete(self._objects, self._aside, NO_FENCE)  # a name that nobody else has
+                self._objects.delete(mark_of(self._aside))
         return Checkpoint(path=self.target, manifest=manifest)
 
     def _put_manifest(self, manifest: Manifest) -> None:
@@ -222,9 +227,9 @@ class RemoteStore(CheckpointStore):
         return [self.root / name for name in sorted(names) if not name.startswith(".")]
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint: manifest first, then data."""
+        """Delete a checkpoint: manifest first, then data. What is interrupted is finished by a `sweep`."""
         try:
-            delete(self._objects, name, self._fence)
+            delete_for_good(self._objects, name, self._fence)
         except OSError as error:
             self._fence.check()
             raise StorageError(f"can't delete {self.root / name}: {error.strerror or error}") from error
@@ -245,12 +250,35 @@ class RemoteStore(CheckpointStore):
             raise SaveFailed(self.root / link, error) from error
 
     def sweep(self) -> list[str]:
-        """See `leftovers`."""
-        return []
+        """Finish the deletions that were interrupted; returns what they were of. See `leftovers`."""
+        dealt_with = []
+        try:
+            for name in self.leftovers():
+                if self._is_wanted(name):
+                    if split_aside(name):
+                        continue  # until its successor is committed
+                else:
+                    delete(self._objects, name, self._fence)
+                self._objects.delete(mark_of(name))
+                dealt_with.append(name)
+        except OSError as error:
+            self._fence.check()
+            raise StorageError(f"can't clean up {self.root}: {error.strerror or error}") from error
+        return dealt_with
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether a marked checkpoint is whole, as its deletion hadn't begun or its name was used again, and stays."""
+        aside = split_aside(name)
+        has_successor = aside is not None and self._objects.exists(aside[0] + SUFFIX)
+        return not has_successor and self._objects.exists(name + SUFFIX)
 
     def leftovers(self) -> list[str]:
-        """Nothing of ours is left under other names: parts of a broken upload are the bucket's to expire."""
-        return []
+        """Checkpoints whose deletion was interrupted. Parts of a broken upload are the bucket's to expire."""
+        try:
+            marks = [name for name in self._objects.names() if name.startswith(".") and name.endswith(MARK)]
+        except OSError as error:
+            raise StorageError(f"can't read {self.root}: {error.strerror or error}") from error
+        return [name.removeprefix(".").removesuffix(MARK) for name in marks]
 
 
 def manifest_of(name: str, facts: Facts, entry: FileEntry) -> Manifest:
@@ -264,6 +292,20 @@ def delete(objects: Objects, name: str, fence: Fence) -> None:
     for each in (name + SUFFIX, name):
         fence.check()
         objects.delete(each)
+
+
+def delete_for_good(objects: Objects, name: str, fence: Fence) -> None:
+    """Delete what nothing is to take the place of. A mark beside it tells of it until the last of it is gone."""
+    fence.check()
+    with contextlib.suppress(FileExistsError):
+        objects.put_new(mark_of(name), b"deleting")
+    delete(objects, name, fence)
+    objects.delete(mark_of(name))
+
+
+def mark_of(name: str) -> str:
+    """The object that tells of a deletion."""
+    return f".{name}{MARK}"
 
 
 def verify_object(url: Url, *, deep: bool) -> Verdict:
