@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torchmetrics
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -21,14 +23,16 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data import dataloader as torch_dataloader
 from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
-from elastic_fit.callbacks import _lightning, _loaders
+from elastic_fit.callbacks import _lightning, _loaders, _sharded
 from tests.checkpoint.models import Line, trainer
 
 
@@ -299,3 +303,25 @@ def test_a_module_keeps_its_buffers_in_a_dictionary() -> None:
     assert norm._buffers["running_mean"] is norm.running_mean
     norm.running_mean = norm.running_mean + 1
     assert norm._buffers["running_mean"] is norm.running_mean
+
+
+def test_each_rank_captures_its_own_shards_unless_one_file_is_asked_for() -> None:
+    assert ModelParallelStrategy()._save_distributed_checkpoint is True
+    assert ModelParallelStrategy(save_distributed_checkpoint=False)._save_distributed_checkpoint is False
+
+
+def test_a_rank_writes_its_shards_without_the_others_in_the_files_that_lightning_reads(tmp_path) -> None:
+    shards, rest = _sharded.divide({"state_dict": {"a": torch.ones(2)}, "optimizer_states": [{"b": 1}], "epoch": 3})
+    _sharded.write_shards(shards, str(tmp_path), rank=7)
+    index = tmp_path / f"__7{_sharded.METADATA}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["__7_0.distcp", index.name])
+    # What a folder of shards is known by, and is read by.
+    index.rename(tmp_path / filesystem._metadata_fn)
+    torch.save(rest, tmp_path / _METADATA_FILENAME)
+    assert (filesystem._metadata_fn, _METADATA_FILENAME) == (_sharded.METADATA, _sharded.REST)
+    assert _is_sharded_checkpoint(tmp_path)
+    dcp_to_torch_save(tmp_path, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert whole.keys() == {"state_dict", "optimizer_0"}
+    assert torch.equal(whole["state_dict"]["a"], torch.ones(2))
+    assert whole["optimizer_0"] == {"b": 1}

@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
+from elastic_fit.callbacks._sharded import captures_own_shards
+
 Place = tuple[dict[str, torch.Tensor], str]
 """A module's own dictionary of buffers, and a name in it."""
 
@@ -22,14 +24,17 @@ def persistent_buffers(trainer: pl.Trainer) -> dict[str, Place]:
 
     None where a strategy puts its checkpoints together in a way of its own.
     """
-    if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy):
+    is_sharded = captures_own_shards(trainer.strategy)
+    if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy) and not is_sharded:
         return {}
     saved = trainer.strategy.lightning_module_state_dict()
     return {
         name: (cast(dict[str, torch.Tensor], module._buffers), own)
         for path, module in trainer.lightning_module.named_modules()
         for own, buffer in module.named_buffers(recurse=False)
-        if (name := f"{path}.{own}" if path else own) in saved and saved[name].data_ptr() == buffer.data_ptr()
+        if (name := f"{path}.{own}" if path else own) in saved
+        # Sharded states are copies.
+        and (is_sharded or saved[name].data_ptr() == buffer.data_ptr())
     }
 
 

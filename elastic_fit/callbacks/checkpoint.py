@@ -18,6 +18,7 @@ from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.loggers import pin_late
+from elastic_fit.callbacks.replicas import Replicas, agree
 from elastic_fit.callbacks.resume import choose
 from elastic_fit.callbacks.seal import Purpose, Seals
 from elastic_fit.callbacks.stop import Stopper
@@ -110,6 +111,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._postponed: str | None = None
         self._validated = False
         self._guard = StepGuard()
+        self._replicas: Replicas | None = None
         self.began_step = 0
         """The step that this ``fit`` began at; where it isn't 0, there is a checkpoint of it."""
         self.saved_step = 0
@@ -171,6 +173,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self.began_step = self.saved_step = trainer.global_step
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
+        if self.emergency and self.is_active:
+            self._replicas = agree(trainer, self._make_store(str(self.dirpath)).generation)
 
     # triggers
 
@@ -308,7 +312,11 @@ class ElasticCheckpoint(ModelCheckpoint):
         if self._is_off(trainer) or not self.emergency or is_alone or is_told or not self.is_active:
             super().on_exception(trainer, pl_module, exception)
             return
-        rescue(trainer, self._make_store(str(self.dirpath)), self._guard, exception, self.began_step)
+        self._rescue(trainer, exception)
+
+    def _rescue(self, trainer: pl.Trainer, why: BaseException) -> bool:
+        store = self._make_store(str(self.dirpath))
+        return rescue(trainer, store, self._guard, why, began=self.began_step, replicas=self._replicas)
 
     # state
 

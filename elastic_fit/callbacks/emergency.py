@@ -27,7 +27,8 @@ from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.store import is_remote
 
 if TYPE_CHECKING:
-    from elastic_fit.supervisor.store import CheckpointStore
+    from elastic_fit.callbacks.replicas import Replicas
+    from elastic_fit.supervisor.store import CheckpointStore, Url
 
 log = logging.getLogger("elastic_fit")
 
@@ -48,45 +49,63 @@ class StepGuard:
         return self._batch == begun and _lightning.batches_done(trainer) < begun
 
 
-def rescue(trainer: pl.Trainer, store: CheckpointStore, guard: StepGuard, error: BaseException, began: int) -> bool:
+def rescue(
+    trainer: pl.Trainer,
+    store: CheckpointStore,
+    guard: StepGuard,
+    error: BaseException,
+    *,
+    began: int,
+    replicas: Replicas | None = None,
+) -> bool:
     """Save what this survivor holds, if it is whole and newer than step `began` and what others have saved.
 
-    Returns whether it saved. Never raises for a save that fails: the reason is logged, and the last good checkpoint
-    serves.
+    With `replicas` that is a shard: whoever saves the last one that is missing commits. Returns whether what this rank
+    holds is saved. Never raises for a save that fails: the reason is logged, and the last good checkpoint serves.
     """
     step = trainer.global_step
     worker = session.current()
-    why = _why_not(trainer, guard)
+    why = _why_not(trainer, guard, replicas)
     if why is not None:
         _tell_loss(trainer, store, why, began)
     if why is not None or step <= began:
         return False
     if worker is not None:
         worker.board.enter(Phase.RESCUING)
+    name = f"step={step}.ckpt"
     try:
-        with contextlib.nullcontext() if is_remote(store.root) else _one_at_a_time(store.root):
+        with _one_at_a_time(store.root if replicas is None else replicas.place(store, name)):
             there = _newest_step(store)
             if there >= step:
-                return False
+                return True
             purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
             with saving_alone():
                 checkpoint = _lightning.capture(trainer)
                 facts = facts_of(trainer, purpose, checkpoint)
-            size = persist(checkpoint, store, f"step={step}.ckpt", facts)
+            save = persist if replicas is None else replicas.save
+            size = save(checkpoint, store, name, facts)
     except Exception as failure:  # noqa: BLE001 - hooks of the script's take part in a save, and may raise anything
         if worker is not None:
             worker.ledger.write("save_failed", step=step, error=f"{type(failure).__name__}: {failure}")
         log.error("elastic-fit: step %d could not be rescued: %s: %s", step, type(failure).__name__, failure)
         return False
+    if size is None:
+        return True
     if worker is not None:
         worker.board[Word.RESCUED_STEP] = step
         worker.ledger.write("rescue", step=step, rank=trainer.global_rank, bytes=size, newer_than=there)
-    log.warning("elastic-fit: rank %d saved the state after step %d by itself", trainer.global_rank, step)
+    how = "by itself" if replicas is None else "of the shards that survivors have saved"
+    log.warning("elastic-fit: rank %d saved the state after step %d %s", trainer.global_rank, step, how)
     return True
 
 
-def _why_not(trainer: pl.Trainer, guard: StepGuard) -> str | None:
-    if trainer.world_size > 1 and not _lightning.is_replicated(trainer):
+def can_rescue(trainer: pl.Trainer, replicas: Replicas | None) -> bool:
+    """Whether a survivor's state is of use: all of it, or a shard that has a replica."""
+    return trainer.world_size == 1 or _lightning.is_replicated(trainer) or replicas is not None
+
+
+def _why_not(trainer: pl.Trainer, guard: StepGuard, replicas: Replicas | None) -> str | None:
+    if not can_rescue(trainer, replicas):
         return f"with {type(trainer.strategy).__name__} no rank holds the whole state"
     if guard.is_torn(trainer):
         return "this rank's parameters are in the middle of an optimizer step"
@@ -109,14 +128,18 @@ def _newest_step(store: CheckpointStore) -> int:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel lets go of where its holder dies.
+def _one_at_a_time(place: Path | Url) -> Iterator[None]:
+    """Hold a folder's lock, which the kernel lets go of where its holder dies.
 
     Where the file system has none, or it lies, two survivors may write at once, as they may to an object store; the
     commit protocol bears that.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if is_remote(place):
+        yield
+        return
+    folder = Path(str(place))
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -60,7 +60,7 @@ def _write(trainer: pl.Trainer, write: Callable[[str], None], store: CheckpointS
     if refusal is not None:
         raise refusal
     mine = staged or store.join(name, Path(str(where)))
-    report, problem = _write_part(mine, write, trainer.global_rank)
+    report, problem = write_part(mine, write, trainer.global_rank)
     outcome: int | StorageError = 0
     try:
         reports = gather(report)
@@ -88,7 +88,8 @@ def _begin(store: CheckpointStore, name: str) -> tuple[Staged | None, StorageErr
         return None, error
 
 
-def _write_part(mine: Staged, write: Callable[[str], None], rank: int) -> tuple[Report, BaseException | None]:
+def write_part(mine: Staged, write: Callable[[str], None], rank: int) -> tuple[Report, BaseException | None]:
+    """Have this rank `write` its part below a path; returns what there is to tell, and what went wrong."""
     path = mine.path
     try:
         with _lightning.shards_written_to(str(path), lambda shard: mine.open_part(os.path.relpath(shard, path))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from elastic_fit.supervisor.store import (
     newest_generation,
     verify,
 )
+from elastic_fit.supervisor.store.parts import Unfinished, unfinished
 
 if TYPE_CHECKING:
     from elastic_fit.launch.parser import Invocation
@@ -58,9 +59,12 @@ class ResumeChooser:
         Raises NoValidCheckpoint where there are checkpoints and none of them can be used.
         """
         fits = sorted({*self._fits(), *([1] if self._explicit else [])})
+        lost = {fit: unfinished(self._folder.fit(fit)) for fit in fits}
         if self._ledger is not None:
             self._sweep(self._ledger)
-        return tuple(point for number in fits if (point := self._choose(number)) is not None)
+        points = tuple(point for number in fits if (point := self._choose(number)) is not None)
+        self._tell_unfinished(lost, {point.fit: point.step for point in points})
+        return points
 
     def _fits(self) -> list[int]:
         try:
@@ -80,6 +84,16 @@ class ResumeChooser:
         ]
         if swept:
             ledger.write("swept", names=swept)
+
+    def _tell_unfinished(self, lost: Mapping[int, Sequence[Unfinished]], safe: Mapping[int, int]) -> None:
+        """Say what survivors have saved of steps that are lost all the same: not all shards of them were there."""
+        for fit, found in lost.items():
+            newer = [one for one in found if one.step > safe.get(fit, 0)]
+            if newer and self._ledger is not None:
+                step, safe_step = newer[0].step, safe.get(fit, 0)
+                why = "; ".join(one.why for one in newer)
+                self._ledger.write("no_rescue", step=step, why=why, safe_step=safe_step, lost=step - safe_step)
+                self._tell(f"{step - safe_step} steps since step {safe_step} are lost: {why}")
 
     def _choose(self, fit: int) -> ResumePoint | None:
         selection = CheckpointStore(self._folder.fit(fit)).latest_valid()

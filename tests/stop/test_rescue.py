@@ -81,7 +81,7 @@ def run(
     return elastic(script(point, victim, more) + fit, *flags, workers=workers)
 
 
-def script(point: str, victim: int, more: str = "") -> str:
+def script(point: str, victim: int | tuple[int, ...], more: str = "") -> str:
     return f"POINT, VICTIM = {point!r}, {victim}\n{SCRIPT}{textwrap.dedent(more)}\n"
 
 

@@ -1,0 +1,95 @@
+"""Adapter to sharded states: how DTensors are laid out, and the files of torch.distributed.checkpoint.
+
+Holds for Lightning 2.6 and torch 2.10 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from elastic_fit.supervisor.errors import StorageError
+
+METADATA = ".metadata"
+"""What torch calls the index of a folder of shards; that of one rank alone has the rank before it."""
+REST = "meta.pt"
+"""What Lightning calls the part of a checkpoint that is neither a parameter nor an optimizer's state."""
+
+
+def captures_own_shards(strategy: Strategy) -> bool:
+    """Whether each rank captures its own shards, without a collective, and saves them in files of its own."""
+    return type(strategy) is ModelParallelStrategy and strategy._save_distributed_checkpoint
+
+
+def layouts(module: torch.nn.Module) -> list[tuple[np.ndarray, tuple[bool, ...]]]:
+    """How the parameters are laid out: meshes of global ranks, and which of their dimensions divide a tensor."""
+    found: dict[Any, tuple[np.ndarray, tuple[bool, ...]]] = {}
+    # A module's own parameters may be whole for a while, as they are for a forward pass; those of its state never are.
+    for tensor in get_model_state_dict(module).values():
+        if isinstance(tensor, DTensor):
+            divides = tuple(not placement.is_replicate() for placement in tensor.placements)
+            found.setdefault((tensor.device_mesh, divides), (tensor.device_mesh.mesh.numpy(), divides))
+    return list(found.values())
+
+
+def divide(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a captured state Lightning writes as shards, by the names that it reads them by, and the rest."""
+    rest = dict(checkpoint)
+    shards = {"state_dict": rest.pop("state_dict")}
+    shards.update({f"optimizer_{number}": state for number, state in enumerate(rest.pop("optimizer_states", []))})
+    return shards, rest
+
+
+def write_shards(shards: dict[str, Any], path: str, rank: int) -> None:
+    """Write what this rank holds below `path`, and an index of it; not collective."""
+    writer, planner = FileSystemWriter(path), DefaultSavePlanner()
+    planner.set_up_planner(shards, writer.storage_meta(), is_coordinator=True)
+    writer.set_up_storage_writer(True, rank=rank, use_collectives=False)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    written = writer.write_data(planner.finish_plan(plans[0]), planner)
+    written.wait()
+    writer.finish(metadata, [written.value()])
+
+
+def read_index(path: Path) -> Metadata:
+    """The index that a rank has written."""
+    with path.open("rb") as file:
+        return cast(Metadata, pickle.load(file))
+
+
+def merge(indexes: Sequence[Metadata]) -> Metadata:
+    """One index of several ranks' shards. Raises StorageError where they leave a part of a tensor out."""
+    tensors: dict[str, Any] = {}
+    for index in indexes:
+        for name, one in index.state_dict_metadata.items():
+            if not isinstance(one, TensorStorageMetadata):
+                tensors.setdefault(name, one)
+                continue
+            chunks = tensors.setdefault(name, replace(one, chunks=[])).chunks
+            chunks.extend(chunk for chunk in one.chunks if chunk not in chunks)
+    for name, one in tensors.items():
+        if isinstance(one, TensorStorageMetadata) and not _is_filled(one):
+            raise StorageError(f"the shards that were saved leave a part of {name} out")
+    return replace(
+        indexes[0],
+        state_dict_metadata=tensors,
+        planner_data={name: path for index in reversed(indexes) for name, path in index.planner_data.items()},
+        storage_data={where: file for index in reversed(indexes) for where, file in index.storage_data.items()},
+    )
+
+
+def _is_filled(tensor: TensorStorageMetadata) -> bool:
+    """Whether chunks that don't overlap, as shards don't, fill the tensor."""
+    return sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == math.prod(tensor.size)

@@ -1,0 +1,93 @@
+"""Which ranks hold the same shards, and what is told of shards that nobody has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastic_fit.callbacks.replicas import Layout, holders_of
+from elastic_fit.supervisor.store import CheckpointStore, FileEntry
+from elastic_fit.supervisor.store.parts import Meeting, Part, Unfinished, unfinished, why_unfinished
+
+REPLICATE, SHARD = False, True
+GRID = np.arange(4).reshape(2, 2)
+
+
+def part(shard: int, *, step: int = 5, holders: tuple[tuple[int, ...], ...] = ((0, 2), (1, 3))) -> Part:
+    entry = FileEntry(path=f"__{shard}_0.distcp", size=1, digest="0" * 32)
+    return Part(step=step, shard=shard, rank=holders[shard][0], holders=holders, files=(entry,))
+
+
+@pytest.mark.parametrize(
+    ("layouts", "holders"),
+    [
+        ([(GRID, (REPLICATE, SHARD))], ((0, 2), (1, 3))),
+        ([(GRID, (SHARD, REPLICATE))], ((0, 1), (2, 3))),
+        ([(GRID, (SHARD, SHARD))], ((0,), (1,), (2,), (3,))),
+        ([(np.arange(4), (SHARD,))], ((0,), (1,), (2,), (3,))),
+        # Three dimensions, as with tensor parallelism within the shards of each group.
+        ([(np.arange(8).reshape(2, 2, 2), (REPLICATE, SHARD, SHARD))], ((0, 4), (1, 5), (2, 6), (3, 7))),
+        # Ranks that share a shard of one layer and not of another one are no replicas of each other.
+        ([(GRID, (REPLICATE, SHARD)), (GRID, (SHARD, REPLICATE))], ((0,), (1,), (2,), (3,))),
+        # Some layers may be divided among fewer ranks than others.
+        ([(GRID, (REPLICATE, SHARD)), (np.arange(4), (REPLICATE,))], ((0, 2), (1, 3))),
+        # What the ranks beside a mesh hold, nobody knows.
+        ([(np.arange(2), (SHARD,))], ()),
+        # Nor what ranks hold whose parameters nobody keeps equal.
+        ([], ()),
+    ],
+)
+def test_ranks_hold_the_same_shard_if_no_mesh_tells_them_apart(
+    layouts: list[Layout], holders: tuple[tuple[int, ...], ...]
+) -> None:
+    assert holders_of(layouts, max([4, *(mesh.size for mesh, _ in layouts)])) == holders
+
+
+def test_a_shard_that_nobody_left_is_named_with_the_ranks_that_held_it() -> None:
+    three = ((0, 3), (1, 4), (2, 5))
+    assert why_unfinished({1: part(1, holders=three)}) == (
+        "of the 3 shards of step 5 nobody has left shard 0 (held by ranks 0 and 3), shard 2 (held by ranks 2 and 5)"
+    )
+
+
+def test_whoever_dies_before_the_shards_are_put_together_is_told_as_well() -> None:
+    assert "who was to put them together has died" in why_unfinished({0: part(0), 1: part(1)})
+
+
+def test_parts_are_found_by_who_sweeps_and_by_nobody_who_looks_for_checkpoints(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "fit-1")
+    for step, shard in ((5, 1), (6, 0)):
+        meeting = Meeting(store, f"step={step}.ckpt", "0-abcdef")
+        meeting.open(shard)
+        meeting.leave(part(shard, step=step))
+        assert meeting.parts() == {shard: part(shard, step=step)}
+    assert store.scan() == []
+    found = unfinished(store.root)
+    assert [one.step for one in found] == [6, 5]
+    assert found[0] == Unfinished(step=6, why=why_unfinished({0: part(0, step=6)}))
+    assert len(CheckpointStore(store.root, generation=1).sweep()) == 2
+    assert unfinished(store.root) == []
+
+
+def test_only_one_of_those_who_find_all_shards_takes_them(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "fit-1")
+    first, second = (Meeting(store, "step=5.ckpt", "0-abcdef") for _ in range(2))
+    first.open(0)
+    first.leave(part(0))
+    taken = first.take()
+    assert taken is not None
+    assert second.take() is None
+    assert second.parts() is None
+    taken.discard()
+    assert list(store.root.iterdir()) == []
+
+
+def test_a_record_that_makes_no_sense_is_none(tmp_path: Path) -> None:
+    meeting = Meeting(CheckpointStore(tmp_path), "step=5.ckpt", "0-abcdef")
+    for shard, text in enumerate(("", "[]", "{}", '{"holders": 1, "files": []}')):
+        meeting.open(shard)
+        (meeting.path / f"shard-{shard}.json").write_text(text)
+    assert meeting.parts() == {}
+    assert unfinished(tmp_path) == []

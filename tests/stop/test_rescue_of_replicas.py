@@ -1,0 +1,272 @@
+"""HSDP: ranks of a sharded job die, and those that hold the same shards in another replica group save the state."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from elastic_fit.launch.parser import parse
+from elastic_fit.launch.render import Console
+from elastic_fit.launch.run import launch
+from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.store import verify
+from tests.launching import PRELUDE, Elastic, Outcome
+from tests.stop.test_rescue import POINTS, script
+
+HSDP = """
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+VICTIMS = VICTIM if isinstance(VICTIM, tuple) else (VICTIM,)
+
+def touch(name):
+    (HERE / f"{name}.{RANK}").touch()
+
+def wait_for(name, ranks=range(int(os.environ["WORLD_SIZE"]))):
+    while not all((HERE / f"{name}.{rank}").exists() for rank in ranks):
+        time.sleep(0.001)
+
+class Replicated(Victim):
+    '''Two groups of two ranks: 0 and 1, 2 and 3. Ranks 0 and 2 hold the same shard, and so do 1 and 3.
+
+    Nobody dies before all others have what it gave to the last step that it took part in.
+    '''
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    def configure_model(self):
+        mesh = init_device_mesh("cpu", (self.trainer.world_size // 2, 2), mesh_dim_names=("replicate", "shard"))
+        for layer in (self.layer[0], self.layer[2], self.layer):
+            fully_shard(layer, mesh=mesh)
+    def on_after_backward(self):
+        touch(f"gave-{ATTEMPT}-{self.global_step}")
+        self.given = self.global_step
+        super().on_after_backward()
+    def is_due(self, point):
+        if POINT != point or RANK not in VICTIMS or ATTEMPT or self.global_step != 5:
+            return False
+        wait_for(f"gave-0-{self.given}")
+        touch("due")
+        wait_for("due", VICTIMS)
+        return True
+    def configure_optimizers(self):
+        model = self
+        class Dying(torch.optim.Adam):
+            def step(self, closure=None):
+                loss = closure() if closure is not None else None
+                if model.is_due("in the step"):
+                    with torch.no_grad():
+                        next(model.parameters()).to_local().add_(1000.0)
+                    die()
+                super().step()
+                return loss
+        return Dying(self.parameters(), lr=0.01)
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(256.0).reshape(64, 4) / 100), batch_size=2)
+
+def hsdp():
+    return ModelParallelStrategy(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
+Victim = Replicated
+
+def once_all_gave(act):
+    def wait_and_act():
+        wait_for("gave-0-5")
+        act()
+    return wait_and_act
+"""
+FIT = "trainer(InACallback(), strategy=hsdp(), val_check_interval=5, max_epochs=1).fit(Victim())\n"
+
+State = dict[str, Any]
+
+
+def run(
+    elastic: Elastic, point: str, victim: int | tuple[int, ...], *flags: str, more: str = "", workers: int = 4
+) -> Outcome:
+    return elastic(script(point, victim, HSDP + more) + FIT, "--keep", "9", *flags, workers=workers)
+
+
+def state(run_dir: Path, step: int, folder: Path) -> State:
+    """The parameters and the optimizer's state in the sharded checkpoint of a step, put together."""
+    path = run_dir / "checkpoints" / "fit-1" / f"step={step}.ckpt"
+    assert verify(path, deep=True).valid
+    dcp_to_torch_save(path, folder / "whole.pt")
+    whole = torch.load(folder / "whole.pt", weights_only=True)
+    return {"parameters": whole["state_dict"], "optimizer": whole["optimizer_0"]["state"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[int, State]:
+    """The state after each step of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    path, run_dir = folder / "train.py", folder / "run"
+    path.write_text(PRELUDE + script("nowhere", 9, HSDP) + FIT)
+    argv = ["--run-dir", str(run_dir), "--nproc-per-node", "4", "--checkpoint-steps", "1", "--keep", "9", str(path)]
+    assert launch(parse(argv), Console(out=io.StringIO(), err=io.StringIO()), nursery) == 0
+    return {step: state(run_dir, step, folder) for step in (5, 6, 8)}
+
+
+@pytest.mark.parametrize(("point", "victim"), [*zip(POINTS, (0, 1, 2, 3, 0, 1, 2), strict=True)])
+def test_death_of_a_rank_costs_no_step_where_another_group_holds_its_shard(
+    elastic: Elastic, undisturbed: dict[int, State], tmp_path: Path, point: str, victim: int
+) -> None:
+    outcome = run(elastic, point, victim)
+    assert outcome.code == 0, outcome.said
+    (rescue,) = outcome.events("rescue")
+    # A victim that has given its gradients lets the survivors complete step 6.
+    gave = point in ("after the all-reduce", "before the step", "in the step")
+    assert rescue["step"] == (6 if gave else 5)
+    assert outcome.events("steps_repeated")[0]["steps"] == 0
+    assert outcome.events("resume")[-1]["step"] == rescue["step"]
+    assert outcome.events("no_rescue") == []
+    # Bit for bit: relative and absolute tolerance are 0.
+    expected = undisturbed[rescue["step"]]
+    torch.testing.assert_close(state(outcome.run, rescue["step"], tmp_path), expected, rtol=0, atol=0)
+    torch.testing.assert_close(state(outcome.run, 8, tmp_path), undisturbed[8], rtol=0, atol=0)
+    assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
+
+
+def test_survivors_of_different_groups_save_together_what_neither_group_has_whole(
+    elastic: Elastic, undisturbed: dict[int, State], tmp_path: Path
+) -> None:
+    outcome = run(elastic, "forward", (0, 3))
+    assert outcome.code == 0, outcome.said
+    assert [(one["rank"], one["shard"]) for one in outcome.events("rescue_part")] in (
+        [(1, 1), (2, 0)],
+        [(2, 0), (1, 1)],
+    )
+    assert outcome.events("rescue")[0]["step"] == 5
+    torch.testing.assert_close(state(outcome.run, 5, tmp_path), undisturbed[5], rtol=0, atol=0)
+    torch.testing.assert_close(state(outcome.run, 8, tmp_path), undisturbed[8], rtol=0, atol=0)
+
+
+def test_a_shard_that_died_with_all_its_replicas_is_named_with_the_steps_that_it_takes_along(elastic: Elastic) -> None:
+    outcome = run(elastic, "forward", (0, 2), "--checkpoint-steps", "3")
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue") == []
+    (told,) = outcome.events("no_rescue")
+    assert (told["step"], told["safe_step"], told["lost"]) == (5, 3, 2)
+    assert told["why"] == "of the 2 shards of step 5 nobody has left shard 0 (held by ranks 0 and 2)"
+    assert "2 steps since step 3 are lost" in outcome.said
+    assert outcome.events("resume")[-1]["step"] == 3
+    assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
+
+
+FALLS = "trainer({}, strategy=hsdp(), max_epochs=1, limit_val_batches=0).fit(Victim())\n"
+AT_THE_STEP = "hook='on_before_optimizer_step'"
+
+
+def test_where_survivors_are_a_step_apart_the_newest_step_of_which_all_shards_are_left_wins(elastic: Elastic) -> None:
+    """Rank 1 falls before it takes step 6; its replica, rank 3, takes it, and so do the others."""
+    fit = FALLS.format(f"At(5, once_all_gave(fall_over), rank=1, {AT_THE_STEP})")
+    outcome = elastic(script("nowhere", 9, HSDP) + fit, workers=4)
+    assert outcome.code == 0, outcome.said
+    assert {(one["step"], one["shard"]) for one in outcome.events("rescue_part")} == {(5, 1), (6, 0), (6, 1)}
+    assert [one["step"] for one in outcome.events("rescue")] == [6]
+    assert outcome.events("no_rescue") == []
+    assert outcome.events("steps_repeated")[0]["steps"] == 0
+
+
+def test_where_no_step_has_all_its_shards_each_one_is_told_with_what_it_lacks(elastic: Elastic) -> None:
+    """Rank 1 falls before it takes step 6, and its replica dies there: the others have given step 5 up for step 6."""
+    callbacks = (
+        f"At(5, once_all_gave(fall_over), rank=1, {AT_THE_STEP}), At(5, once_all_gave(die), rank=3, {AT_THE_STEP})"
+    )
+    outcome = elastic(script("nowhere", 9, HSDP) + FALLS.format(callbacks), "--checkpoint-steps", "4", workers=4)
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue") == []
+    (told,) = outcome.events("no_rescue")
+    assert (told["step"], told["safe_step"], told["lost"]) == (6, 4, 2)
+    assert told["why"] == (
+        "of the 2 shards of step 6 nobody has left shard 1 (held by ranks 1 and 3); "
+        "of the 2 shards of step 5 nobody has left shard 0 (held by ranks 0 and 2)"
+    )
+
+
+def test_a_survivor_that_dies_over_its_shard_leaves_the_place_to_its_replica(elastic: Elastic) -> None:
+    more = """
+    from elastic_fit.supervisor.store.parts import Meeting
+    def leave(self, part, leave=Meeting.leave):
+        if part.shard == 0 and not (HERE / "first").exists():
+            (HERE / "first").touch()
+            die()
+        leave(self, part)
+    Meeting.leave = leave
+    """
+    outcome = run(elastic, "forward", 3, more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert (outcome.run.parent / "first").exists()
+    assert [one["step"] for one in outcome.events("rescue")] == [5]
+    assert len([one for one in outcome.events("worker_exit") if one["signal"] == "SIGKILL"]) == 2
+
+
+def test_death_during_a_save_leaves_the_survivors_to_save_the_same_step(elastic: Elastic) -> None:
+    more = """
+    from elastic_fit.supervisor.store import Staged
+    def commit(self, facts, entries, commit=Staged.commit_entries):
+        if facts.step == 5 and ATTEMPT == 0 and RANK == 0:
+            die()
+        return commit(self, facts, entries)
+    Staged.commit_entries = commit
+    """
+    outcome = run(elastic, "nowhere", 9, "--checkpoint-steps", "5", more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert [one["step"] for one in outcome.events("rescue")] == [5]
+    assert outcome.events("steps_repeated")[0]["steps"] == 0
+    assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
+
+
+def test_a_rescue_leaves_out_what_a_forward_pass_under_way_has_done_to_the_statistics(
+    elastic: Elastic, tmp_path: Path
+) -> None:
+    more = """
+    class Normalized(Replicated):
+        def __init__(self):
+            super().__init__()
+            self.layer.insert(1, torch.nn.BatchNorm1d(8))
+        def configure_model(self):
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            fully_shard(self.layer, mesh=mesh)
+    Victim = Normalized
+    """
+    outcome = run(elastic, "forward", 3, more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue")[0]["step"] == 5
+    assert state(outcome.run, 5, tmp_path)["parameters"]["layer.1.num_batches_tracked"] == 5
+
+
+def test_survivors_whose_main_threads_never_come_back_are_rescued_by_others(elastic: Elastic) -> None:
+    more = """
+    import ctypes
+
+    class Stuck(Replicated):
+        def on_before_backward(self, loss):
+            if self.global_step == 5 and ATTEMPT == 0 and RANK in (0, 2):
+                mutex = ctypes.create_string_buffer(64)
+                for _ in range(2):  # the second time it waits for itself: no signal and no closed connection ends that
+                    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+            super().on_before_backward(loss)
+    Victim = Stuck
+    """
+    outcome = run(elastic, "forward", 3, more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert [one["step"] for one in outcome.events("rescue")] == [5]
+    assert sum(one["steps"] for one in outcome.events("steps_repeated")) == 0
+
+
+def test_a_job_that_lost_half_its_ranks_goes_on_from_the_rescue_with_the_other_half(
+    elastic: Elastic, tmp_path: Path
+) -> None:
+    assert run(elastic, "forward", 3, "--max-restarts", "0").code == 1
+    outcome = run(elastic, "nowhere", 9, workers=2)
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("resume")[-1]["step"] == 5
+    # 40 of 64 samples are behind step 5; two ranks take four at a time.
+    assert max(outcome.steps()) == 5 + (64 - 40) // 4
+    assert verify(outcome.run / "checkpoints" / "fit-1" / "step=5.ckpt", deep=True).valid
