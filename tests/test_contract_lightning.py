@@ -305,6 +305,22 @@ def test_a_module_keeps_its_buffers_in_a_dictionary() -> None:
     assert norm._buffers["running_mean"] is norm.running_mean
 
 
+def test_gradients_are_finished_in_one_place_before_each_step_of_an_optimizer(tmp_path) -> None:
+    """Where ours is told: after the hooks and the clipping, before the parameters change."""
+    told = []
+
+    class Telling(Line):
+        def configure_gradient_clipping(self, *args, **kwargs) -> None:
+            told.append("clips")
+
+    model, fitted = Telling(), trainer(tmp_path, max_steps=1)
+    before = model.layer.weight.clone()
+    _lightning.call_before_step(fitted, lambda: told.append(torch.equal(before, model.layer.weight)))
+    fitted.fit(model)
+    assert told == ["clips", True]
+    assert not torch.equal(before, model.layer.weight)
+
+
 def test_each_rank_captures_its_own_shards_unless_one_file_is_asked_for() -> None:
     assert ModelParallelStrategy()._save_distributed_checkpoint is True
     assert ModelParallelStrategy(save_distributed_checkpoint=False)._save_distributed_checkpoint is False

@@ -83,7 +83,7 @@ def end_restart(trainer: pl.Trainer) -> None:
 
 
 def capture(trainer: pl.Trainer, *, weights_only: bool = False) -> dict[str, Any]:
-    """Everything that Lightning puts into a checkpoint. Collective where the strategy is sharded."""
+    """Everything that Lightning puts into a checkpoint. Collective where the strategy gathers its shards for it."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
 
 
@@ -320,6 +320,18 @@ def batches_to_boundary(trainer: pl.Trainer) -> int:
 def callback_metrics(trainer: pl.Trainer, *, ask_others: bool) -> dict[str, Any]:
     """The metrics that callbacks see. Computing those under way is collective; otherwise the ones computed so far."""
     return dict(trainer.callback_metrics if ask_others else trainer._logger_connector._callback_metrics)
+
+
+def call_before_step(trainer: pl.Trainer, act: Callable[[], None]) -> None:
+    """Have `act` called whenever an optimizer is about to change parameters: its gradients are there, and clipped."""
+    plugin = trainer.precision_plugin
+    finish_gradients = plugin._after_closure
+
+    def finish_and_act(*args: Any, **kwargs: Any) -> None:
+        finish_gradients(*args, **kwargs)
+        act()
+
+    vars(plugin)["_after_closure"] = finish_and_act
 
 
 def batches_begun(trainer: pl.Trainer) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -110,7 +109,6 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._unranked_step = 0
         self._postponed: str | None = None
         self._validated = False
-        self._guard = StepGuard()
         self._replicas: Replicas | None = None
         self.began_step = 0
         """The step that this ``fit`` began at; where it isn't 0, there is a checkpoint of it."""
@@ -135,6 +133,7 @@ class ElasticCheckpoint(ModelCheckpoint):
             _lightning.callbacks_in(trainer).extend(self._companions(trainer, is_resumed=path is not None))
         if self.emergency:
             self._add_stopper(trainer)
+            StepGuard.of(trainer)
         if stage != "fit" or self.dirpath is None:
             return
         self._seals = Seals.of(trainer)
@@ -299,12 +298,6 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     # failures
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """From here until the batch is done, the parameters belong to no step."""
-        self._guard.begins(trainer)
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """This rank leaves because something failed, here or on another rank: save what is whole."""
         is_alone = session.current() is None and trainer.world_size == 1  # nobody survives anybody
@@ -316,7 +309,7 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _rescue(self, trainer: pl.Trainer, why: BaseException) -> bool:
         store = self._make_store(str(self.dirpath))
-        return rescue(trainer, store, self._guard, why, began=self.began_step, replicas=self._replicas)
+        return rescue(trainer, store, why, began=self.began_step, replicas=self._replicas)
 
     # state
 

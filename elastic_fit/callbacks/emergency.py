@@ -32,27 +32,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elastic_fit")
 
+_GUARDED = "_elastic_fit_guard"
+
 
 class StepGuard:
-    """Knows whether a batch is half applied to this rank's parameters."""
+    """Knows whether a batch is half applied to this rank's parameters.
 
-    def __init__(self) -> None:
+    It is from the moment on at which an optimizer is about to change them, with gradients that are whole and clipped
+    (clipping may need other ranks), until the batch is done: it may have several optimizers.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
         self._batch = 0
+        _lightning.call_before_step(trainer, self._begin)
+        setattr(trainer.strategy, _GUARDED, self)
 
-    def begins(self, trainer: pl.Trainer) -> None:
-        """Gradients are whole, and the parameters are about to change."""
-        self._batch = _lightning.batches_begun(trainer)
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> StepGuard:
+        """The guard of this trainer's strategy, from now on if there was none."""
+        found = getattr(trainer.strategy, _GUARDED, None)
+        return found if isinstance(found, StepGuard) else cls(trainer)
 
-    def is_torn(self, trainer: pl.Trainer) -> bool:
-        """Whether the batch under way has begun to change them, and isn't done (it may have several optimizers)."""
-        begun = _lightning.batches_begun(trainer)
-        return self._batch == begun and _lightning.batches_done(trainer) < begun
+    def _begin(self) -> None:
+        self._batch = _lightning.batches_begun(self._trainer)
+
+    def is_torn(self) -> bool:
+        """Whether the batch under way has begun to change the parameters, and isn't done."""
+        begun = _lightning.batches_begun(self._trainer)
+        return self._batch == begun and _lightning.batches_done(self._trainer) < begun
 
 
 def rescue(
     trainer: pl.Trainer,
     store: CheckpointStore,
-    guard: StepGuard,
     error: BaseException,
     *,
     began: int,
@@ -65,7 +78,7 @@ def rescue(
     """
     step = trainer.global_step
     worker = session.current()
-    why = _why_not(trainer, guard, replicas)
+    why = _why_not(trainer, replicas)
     if why is not None:
         _tell_loss(trainer, store, why, began)
     if why is not None or step <= began:
@@ -104,10 +117,10 @@ def can_rescue(trainer: pl.Trainer, replicas: Replicas | None) -> bool:
     return trainer.world_size == 1 or _lightning.is_replicated(trainer) or replicas is not None
 
 
-def _why_not(trainer: pl.Trainer, guard: StepGuard, replicas: Replicas | None) -> str | None:
+def _why_not(trainer: pl.Trainer, replicas: Replicas | None) -> str | None:
     if not can_rescue(trainer, replicas):
         return f"with {type(trainer.strategy).__name__} no rank holds the whole state"
-    if guard.is_torn(trainer):
+    if StepGuard.of(trainer).is_torn():
         return "this rank's parameters are in the middle of an optimizer step"
     return None
 

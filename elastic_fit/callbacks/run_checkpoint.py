@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from elastic_fit.callbacks import _lightning, release
 from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
 from elastic_fit.callbacks.companions import companions
-from elastic_fit.callbacks.emergency import can_rescue
+from elastic_fit.callbacks.emergency import StepGuard, can_rescue
 from elastic_fit.callbacks.loggers import pin
 from elastic_fit.callbacks.seal import Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
@@ -119,7 +119,7 @@ class RunCheckpoint(ElasticCheckpoint):
 
     def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:
         """What the main thread would save if it came back. In the middle of an optimizer step there is nothing."""
-        if self._is_off(trainer) or not can_rescue(trainer, self._replicas) or self._guard.is_torn(trainer):
+        if self._is_off(trainer) or not can_rescue(trainer, self._replicas) or StepGuard.of(trainer).is_torn():
             return False
         stuck = PeerLost("another rank has failed, and the main thread does not come back from what it waits for")
         return self._rescue(trainer, stuck)

@@ -158,14 +158,18 @@ def test_a_shard_that_died_with_all_its_replicas_is_named_with_the_steps_that_it
     assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
 
 
-FALLS = "trainer({}, strategy=hsdp(), max_epochs=1, limit_val_batches=0).fit(Victim())\n"
-AT_THE_STEP = "hook='on_before_optimizer_step'"
+FALLS = "At(5, once_all_gave(fall_over), rank=1, hook='on_before_optimizer_step')"
+DIES = "At(5, once_all_gave(die), rank=3, hook='on_before_optimizer_step')"
+
+
+def run_without_validation(elastic: Elastic, callbacks: str, *flags: str, more: str = "") -> Outcome:
+    fit = f"trainer({callbacks}, strategy=hsdp(), max_epochs=1, limit_val_batches=0{more}).fit(Victim())\n"
+    return elastic(script("nowhere", 9, HSDP) + fit, *flags, workers=4)
 
 
 def test_where_survivors_are_a_step_apart_the_newest_step_of_which_all_shards_are_left_wins(elastic: Elastic) -> None:
     """Rank 1 falls before it takes step 6; its replica, rank 3, takes it, and so do the others."""
-    fit = FALLS.format(f"At(5, once_all_gave(fall_over), rank=1, {AT_THE_STEP})")
-    outcome = elastic(script("nowhere", 9, HSDP) + fit, workers=4)
+    outcome = run_without_validation(elastic, FALLS)
     assert outcome.code == 0, outcome.said
     assert {(one["step"], one["shard"]) for one in outcome.events("rescue_part")} == {(5, 1), (6, 0), (6, 1)}
     assert [one["step"] for one in outcome.events("rescue")] == [6]
@@ -175,10 +179,7 @@ def test_where_survivors_are_a_step_apart_the_newest_step_of_which_all_shards_ar
 
 def test_where_no_step_has_all_its_shards_each_one_is_told_with_what_it_lacks(elastic: Elastic) -> None:
     """Rank 1 falls before it takes step 6, and its replica dies there: the others have given step 5 up for step 6."""
-    callbacks = (
-        f"At(5, once_all_gave(fall_over), rank=1, {AT_THE_STEP}), At(5, once_all_gave(die), rank=3, {AT_THE_STEP})"
-    )
-    outcome = elastic(script("nowhere", 9, HSDP) + FALLS.format(callbacks), "--checkpoint-steps", "4", workers=4)
+    outcome = run_without_validation(elastic, f"{FALLS}, {DIES}", "--checkpoint-steps", "4")
     assert outcome.code == 0, outcome.said
     assert outcome.events("rescue") == []
     (told,) = outcome.events("no_rescue")
@@ -187,6 +188,17 @@ def test_where_no_step_has_all_its_shards_each_one_is_told_with_what_it_lacks(el
         "of the 2 shards of step 6 nobody has left shard 1 (held by ranks 1 and 3); "
         "of the 2 shards of step 5 nobody has left shard 0 (held by ranks 0 and 2)"
     )
+
+
+def test_ranks_that_clip_gradients_by_their_norm_are_never_a_step_apart_and_lose_none(elastic: Elastic) -> None:
+    """The same two ranks fail: the others wait for them in the norm, with all of step 5 whole."""
+    outcome = run_without_validation(
+        elastic, f"{FALLS}, {DIES}", "--checkpoint-steps", "4", more=", gradient_clip_val=1"
+    )
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("no_rescue") == []
+    assert [one["step"] for one in outcome.events("rescue")] == [5]
+    assert outcome.events("steps_repeated")[0]["steps"] == 0
 
 
 def test_a_survivor_that_dies_over_its_shard_leaves_the_place_to_its_replica(elastic: Elastic) -> None:
@@ -241,6 +253,20 @@ def test_a_rescue_leaves_out_what_a_forward_pass_under_way_has_done_to_the_stati
     assert state(outcome.run, 5, tmp_path)["parameters"]["layer.1.num_batches_tracked"] == 5
 
 
+def test_a_survivor_that_dies_over_putting_the_shards_together_is_told_with_what_it_cost(elastic: Elastic) -> None:
+    more = """
+    from elastic_fit.callbacks import _sharded
+    _sharded.merge = lambda indexes: die()
+    """
+    outcome = run(elastic, "forward", 3, "--checkpoint-steps", "3", more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue") == []
+    (told,) = outcome.events("no_rescue")
+    assert "all 2 shards of step 5 were saved, and who was to put them together has died" in told["why"]
+    assert (told["safe_step"], told["lost"]) == (3, 2)
+    assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
+
+
 def test_survivors_whose_main_threads_never_come_back_are_rescued_by_others(elastic: Elastic) -> None:
     more = """
     import ctypes
@@ -256,6 +282,7 @@ def test_survivors_whose_main_threads_never_come_back_are_rescued_by_others(elas
     """
     outcome = run(elastic, "forward", 3, more=textwrap.dedent(more))
     assert outcome.code == 0, outcome.said
+    assert outcome.events("teardown")[0]["seconds"] < 20  # the one whose shard was there already doesn't wait for 30 s
     assert [one["step"] for one in outcome.events("rescue")] == [5]
     assert sum(one["steps"] for one in outcome.events("steps_repeated")) == 0
 
