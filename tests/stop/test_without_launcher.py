@@ -198,6 +198,30 @@ fit()
     assert ranks.step() == 7
 
 
+def test_survivors_of_hsdp_save_their_shards_without_anybody_who_tells_them_to(started) -> None:
+    ranks = started(
+        """
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+class Dies(Long):
+    def configure_model(self):
+        fully_shard(self.layer, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    def on_train_batch_start(self, batch, batch_idx):
+        if RANK == 3 and self.global_step == 7:
+            die()
+Long = Dies
+fit(strategy=ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1))
+""",
+        world=4,
+    )
+    codes = ranks.codes()
+    assert codes[3] == -9
+    assert not {0, 75} & {*codes[:3]}
+    assert ranks.step() == 7
+
+
 def test_lightnings_handlers_and_broadcast_are_back_after_the_fit(started) -> None:
     ranks = started(
         """
