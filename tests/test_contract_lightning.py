@@ -16,7 +16,7 @@ import torchmetrics
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies.fsdp import _is_sharded_checkpoint
 from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -147,16 +147,55 @@ def test_lightnings_signal_handling_can_be_taken_and_given_back(tmp_path) -> Non
         assert getattr(owner, name).__func__ is getattr(type(owner), name)
 
 
-def test_a_validation_that_was_interrupted_is_known_by_its_progress(tmp_path) -> None:
+def test_a_validation_that_is_under_way_is_known_by_its_progress(tmp_path) -> None:
     training = trainer(tmp_path, max_epochs=1)
     training.fit(Line())
-    loops = training._checkpoint_connector.dump_checkpoint(False)["loops"]["fit_loop"]
-    assert set(loops["epoch_loop.val_loop.batch_progress"]) == {"total", "current", "is_last_batch"}
-    assert "processed == self.batch_progress.total.started - 1" in inspect.getsource(
-        type(training.fit_loop.epoch_loop.val_loop).update_restart_stage
-    )
+    progress = training.fit_loop.epoch_loop.val_loop.batch_progress
+    assert {"total", "current", "is_last_batch"} == set(vars(progress))
     assert training.lightning_module._current_fx_name is None
     assert set(training._logger_connector._callback_metrics) == set(training.callback_metrics)
+
+
+def test_what_follows_a_batch_is_one_method_of_the_loop_and_a_batch_another(tmp_path) -> None:
+    loop = trainer(tmp_path).fit_loop.epoch_loop
+    run = inspect.getsource(type(loop).run)
+    assert run.index("while not self.done:") < run.index("self.advance(data_fetcher)")
+    assert run.index("self.advance(data_fetcher)") < run.index("self.on_advance_end(data_fetcher)")
+    assert inspect.getsource(type(loop).on_advance_end).count("self._should_check_val_fx(data_fetcher)") == 1
+    assert "self.trainer.enable_validation and" in inspect.getsource(type(loop)._should_check_val_epoch)
+    assert "return not self.restarting or self.val_loop._has_run" in inspect.getsource(
+        type(loop)._is_validation_done.fget
+    )
+    batch = inspect.getsource(type(loop).advance)
+    assert batch.index("self.batch_progress.increment_processed()") < batch.index("self.update_lr_schedulers(")
+    assert (loop._is_training_done, loop.val_loop._has_run) == (False, False)
+    assert (loop.scheduler_progress.current.ready, loop.scheduler_progress.current.completed) == (0, 0)
+
+
+def test_a_training_that_is_done_is_left_before_its_first_hook(tmp_path) -> None:
+    loop = trainer(tmp_path).fit_loop
+    run = inspect.getsource(type(loop).run)
+    order = ["self.setup_data()", "if self.skip:", "self.reset()", "self.on_run_start()", "while not self.done:"]
+    assert [run.index(one) for one in order] == sorted(run.index(one) for one in order)
+    assert {"max_epochs", "_restarting", "_restart_stage"} <= set(vars(loop))
+    assert "max_steps" in vars(loop.epoch_loop)
+    assert "self.fit_loop.run()" in inspect.getsource(pl.Trainer._run_stage)
+    assert loop._can_stop_early is True
+
+
+def test_a_captured_state_has_the_small_parts_under_these_names() -> None:
+    dump = inspect.getsource(_CheckpointConnector.dump_checkpoint)
+    for name in ('"epoch"', '"loops"', '"callbacks"', '"lr_schedulers"', '"optimizer_states"', '"state_dict"'):
+        assert name in dump
+    assert "self._get_loops_state_dict()" in dump
+    assert "call._call_callbacks_state_dict(trainer)" in dump
+    assert "current_model_state" in inspect.getsource(WeightAveraging.on_save_checkpoint)
+
+
+def test_averaged_weights_come_and_go_by_one_method() -> None:
+    assert list(inspect.signature(WeightAveraging._swap_models).parameters) == ["self", "pl_module"]
+    for hook in (WeightAveraging.on_validation_epoch_start, WeightAveraging.on_validation_epoch_end):
+        assert "self._swap_models(pl_module)" in inspect.getsource(hook)
 
 
 def test_a_thread_can_have_a_connection_to_the_store_of_its_own() -> None:

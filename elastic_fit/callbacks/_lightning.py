@@ -22,30 +22,34 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import Store, distributed_c10d
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from elastic_fit.callbacks.collective import is_saving_alone
-
 
 def is_boundary(trainer: pl.Trainer) -> bool:
     """Whether the batch that just ended completed an optimizer step (no gradients are half accumulated)."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def is_last_batch(trainer: pl.Trainer) -> bool:
-    """Whether the batch that just ended was the epoch's last."""
-    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+def is_epoch_ending(trainer: pl.Trainer) -> bool:
+    """Whether the batch that just ended was the last of its epoch: of all, or because the training ends with it."""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early))
 
 
 def is_validation_next(trainer: pl.Trainer) -> bool:
     """Whether a validation follows the batch that just ended."""
     loop = trainer.fit_loop
     fetcher = loop._data_fetcher
-    validates = trainer.enable_validation and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+    validates = fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
     return bool(validates)
 
 
 def is_followed_by_more(trainer: pl.Trainer) -> bool:
     """Whether a validation, or the end of the epoch, follows the batch that just ended before another one begins."""
-    return is_validation_next(trainer) or is_last_batch(trainer)
+    return is_validation_next(trainer) or is_epoch_ending(trainer)
+
+
+def is_epoch_whole(trainer: pl.Trainer) -> bool:
+    """Whether the batch that just ended was the last of all batches; an epoch that is cut short steps no schedulers."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def is_at_epoch_end(trainer: pl.Trainer) -> bool:
@@ -58,6 +62,13 @@ def is_at_step_end(trainer: pl.Trainer) -> bool:
     """Whether the hooks of a batch that completed an optimizer step are being called."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(progress.processed == progress.completed + 1) and is_boundary(trainer)
+
+
+def is_scheduler_under_way(trainer: pl.Trainer) -> bool:
+    """Whether a scheduler is just being stepped, as part of the batch that is done."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    schedulers = trainer.fit_loop.epoch_loop.scheduler_progress.current
+    return bool(progress.processed != progress.completed and schedulers.ready != schedulers.completed)
 
 
 def is_epoch_under_way(trainer: pl.Trainer) -> bool:
@@ -80,6 +91,19 @@ def is_mid_epoch(trainer: pl.Trainer) -> bool:
 def end_restart(trainer: pl.Trainer) -> None:
     """The epoch that was restarted has trained on; what is left of it is as in any other."""
     trainer.fit_loop._restarting = False
+
+
+def take_epoch_as_over(trainer: pl.Trainer) -> None:
+    """Go on after an epoch whose end was being dealt with in the checkpoint that this ``fit`` goes on from.
+
+    Lightning does so itself, but where ``max_steps`` is set: there it would deal with that end once more.
+    """
+    loop = trainer.fit_loop
+    for counts in (loop.epoch_progress.total, loop.epoch_progress.current):
+        counts.completed = counts.processed  # type: ignore[attr-defined]
+    for one in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        one._restarting = False
+        one.reset_restart_stage()
 
 
 def capture(trainer: pl.Trainer, *, weights_only: bool = False) -> dict[str, Any]:
@@ -281,30 +305,9 @@ def is_validation_under_way(trainer: pl.Trainer) -> bool:
         return False
     hook = trainer.lightning_module._current_fx_name
     progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    # Within ``on_save_checkpoint`` the hook that saves is not known, but whether the last batch was counted is. It
-    # isn't ``on_validation_end`` where a survivor saves alone: what was to be reduced over all ranks before never was.
+    # Within ``on_save_checkpoint`` the hook that saves is not known, but whether the last batch was counted is.
     is_past_batches = progress.is_last_batch and progress.current.completed == progress.current.ready > 0
-    is_saved = hook == "on_save_checkpoint" and is_past_batches and not is_saving_alone()
-    return not (hook == "on_validation_end" or is_saved)
-
-
-def redo_validation(checkpoint: dict[str, Any]) -> None:
-    """Have a resumed run do the validation that was under way in this captured state, all of it.
-
-    The counters become what they are while its first batch is in flight, by which Lightning knows a validation that
-    was interrupted. It goes back to it, and counts from the last completed batch, which is none. During its batches
-    WeightAveraging has put the averaged weights into the model, and its own in their place: they change back.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-    is_past_batches = progress["is_last_batch"] and progress["current"]["completed"] == progress["current"]["ready"]
-    if progress["current"]["ready"] and not is_past_batches and "current_model_state" in checkpoint:
-        averaged, checkpoint["state_dict"] = checkpoint["state_dict"], checkpoint["current_model_state"]
-        checkpoint["current_model_state"] = averaged
-    undone = progress["current"]["completed"]
-    before = progress["total"]["completed"] - undone
-    progress["current"].update(ready=1, started=1, processed=0, completed=0)
-    progress["total"].update(ready=before + 1, started=before + 1, processed=before, completed=before)
-    progress["is_last_batch"] = False
+    return not (hook == "on_validation_end" or (hook == "on_save_checkpoint" and is_past_batches))
 
 
 def batches_half_accumulated(trainer: pl.Trainer) -> int:

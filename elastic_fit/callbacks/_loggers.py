@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def _cut_csv(logger: CSVLogger, step: int, rows: list[tuple[int, dict[str, Any]]
     with path.open(newline="") as file:
         found = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file) if row["step"]]
     kept = [row for row in found if int(row["step"]) < step]
-    mine = {frozenset(row) - {"step"}: row for row in found if int(row["step"]) == step}
+    mine: dict[frozenset[str], deque[dict[str, Any]]] = {}  # several may have the same columns: in order
+    for row in found:
+        if int(row["step"]) == step:
+            mine.setdefault(frozenset(row) - {"step"}, deque()).append(row)
     writer.metrics, writer.metrics_keys = [], sorted({name for row in kept for name in row})
     temporary = path.with_suffix(".cut")
     with temporary.open("w", newline="") as file:
@@ -118,5 +122,5 @@ def _cut_csv(logger: CSVLogger, step: int, rows: list[tuple[int, dict[str, Any]]
     temporary.replace(path)
     if not kept:
         path.unlink()
-    as_written = [(at, mine.get(frozenset(metrics), metrics)) for at, metrics in rows]
+    as_written = [(at, own.popleft() if (own := mine.get(frozenset(metrics))) else metrics) for at, metrics in rows]
     return [(at, {name: cell for name, cell in metrics.items() if name != "step"}) for at, metrics in as_written]

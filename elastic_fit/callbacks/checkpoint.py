@@ -16,6 +16,7 @@ from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import StepGuard, rescue
+from elastic_fit.callbacks.epilogue import Epilogue
 from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.replicas import Replicas, agree
 from elastic_fit.callbacks.resume import choose
@@ -132,7 +133,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         if stage == "fit" and self.exact and self.dirpath is not None:
             _lightning.callbacks_in(trainer).extend(self._companions(trainer, is_resumed=path is not None))
         if self.emergency:
-            self._add_stopper(trainer)
+            self._add_guards(trainer)
             StepGuard.of(trainer)
         if stage != "fit" or self.dirpath is None:
             return
@@ -153,10 +154,10 @@ class ElasticCheckpoint(ModelCheckpoint):
             _lightning.resume_from(trainer, path)
 
     @staticmethod
-    def _add_stopper(trainer: pl.Trainer) -> None:
+    def _add_guards(trainer: pl.Trainer) -> None:
         callbacks = _lightning.callbacks_in(trainer)
         if not any(isinstance(one, Stopper) for one in callbacks):
-            callbacks.append(Stopper())
+            callbacks.extend([Epilogue(), Stopper()])
 
     def _companions(self, trainer: pl.Trainer, *, is_resumed: bool) -> list[pl.Callback]:
         folder = None if is_remote(str(self.dirpath)) else Path(str(self.dirpath))
@@ -221,7 +222,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         """Save if epochs say so and validation is what they end with."""
         if self._is_off(trainer):
             return
-        if _lightning.is_last_batch(trainer):
+        if _lightning.is_epoch_ending(trainer):
             self._validated = True  # the end of the epoch follows, and belongs into the checkpoint
             return
         with self._purpose("epoch"):

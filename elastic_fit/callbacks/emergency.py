@@ -36,10 +36,10 @@ _GUARDED = "_elastic_fit_guard"
 
 
 class StepGuard:
-    """Knows whether a batch is half applied to this rank's parameters.
+    """Knows whether a batch is half applied to this rank's parameters, or to its learning rates.
 
-    It is from the moment on at which an optimizer is about to change them, with gradients that are whole and clipped
-    (clipping may need other ranks), until the batch is done: it may have several optimizers.
+    It is from the moment on at which an optimizer is about to change the parameters, with gradients that are whole and
+    clipped (clipping may need other ranks), until the batch is done: it may have several optimizers.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -58,9 +58,10 @@ class StepGuard:
         self._batch = _lightning.batches_begun(self._trainer)
 
     def is_torn(self) -> bool:
-        """Whether the batch under way has begun to change the parameters, and isn't done."""
+        """Whether the batch under way has begun to change the parameters, and isn't done with its schedulers."""
         begun = _lightning.batches_begun(self._trainer)
-        return self._batch == begun and _lightning.batches_done(self._trainer) < begun
+        is_done = _lightning.batches_done(self._trainer) == begun
+        return self._batch == begun and (not is_done or _lightning.is_scheduler_under_way(self._trainer))
 
 
 def rescue(
@@ -121,7 +122,7 @@ def _why_not(trainer: pl.Trainer, replicas: Replicas | None) -> str | None:
     if not can_rescue(trainer, replicas):
         return f"with {type(trainer.strategy).__name__} no rank holds the whole state"
     if StepGuard.of(trainer).is_torn():
-        return "this rank's parameters are in the middle of an optimizer step"
+        return "this rank is in the middle of an optimizer step"
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from elastic_fit.callbacks import _lightning
+from elastic_fit.callbacks import _epilogue, _lightning
 from elastic_fit.callbacks.progress import show_place
 
 
@@ -40,7 +40,12 @@ class RestartedEpoch(pl.Callback):
         trainer = self._trainer
         if trainer is None:
             return {}
-        return {"at_epoch_end": _lightning.is_at_epoch_end(trainer), "at_step_end": _lightning.is_at_step_end(trainer)}
+        is_at_step_end = _lightning.is_at_step_end(trainer) and not _epilogue.is_to_come(trainer)
+        return {
+            "at_epoch_end": _lightning.is_at_epoch_end(trainer),
+            "is_whole": _lightning.is_epoch_whole(trainer),
+            "at_step_end": is_at_step_end,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """To be acted upon when training starts."""
@@ -52,7 +57,9 @@ class RestartedEpoch(pl.Callback):
         if not restored:
             return
         if restored["at_epoch_end"]:
-            _step_by_metric(trainer, _lightning.callback_metrics(trainer, ask_others=False))
+            _lightning.take_epoch_as_over(trainer)
+            if restored.get("is_whole", True):
+                _step_by_metric(trainer, _lightning.callback_metrics(trainer, ask_others=False))
             return
         if restored["at_step_end"]:
             trainer.fit_loop.epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
@@ -67,6 +74,13 @@ class RestartedEpoch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The epoch has trained on: from here it is one like any other."""
+        self._go_on(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same where nothing but its end was left."""
+        self._go_on(trainer)
+
+    def _go_on(self, trainer: pl.Trainer) -> None:
         if self._is_first_batch:
             self._is_first_batch = False
             _lightning.end_restart(trainer)

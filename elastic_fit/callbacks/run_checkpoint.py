@@ -10,9 +10,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
 
-from elastic_fit.callbacks import _lightning, release
+from elastic_fit.callbacks import _epilogue, _lightning, release
 from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
 from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import StepGuard, can_rescue
@@ -76,7 +77,7 @@ class RunCheckpoint(ElasticCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""
         if not self._active or stage != "fit":
-            self._add_stopper(trainer)
+            self._add_guards(trainer)
             return
         # With nothing to keep, Lightning doesn't warn of a folder that holds something: a run's own is no surprise.
         kept, self.save_top_k = self.save_top_k, 0
@@ -116,6 +117,8 @@ class RunCheckpoint(ElasticCheckpoint):
         """From here on there is something that can be rescued, in another thread if need be."""
         super().on_train_start(trainer, pl_module)
         release.stand_in = functools.partial(self._rescue_for_a_stuck_thread, trainer)
+        if _is_stopped_early(trainer):
+            trainer.should_stop = True  # which is in no checkpoint
 
     def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:
         """What the main thread would save if it came back. In the middle of an optimizer step there is nothing."""
@@ -125,9 +128,13 @@ class RunCheckpoint(ElasticCheckpoint):
         return self._rescue(trainer, stuck)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A fit that had ended early is restored and not trained again."""
+        """A fit that had ended early is restored and not trained again; one that hadn't ended calls its last hooks."""
         point = self._point
-        if self._active and point is not None and point.finished and point.ended_early:
+        if not self._active or point is None:
+            return
+        if not point.finished:
+            _epilogue.start_anyway(trainer)
+        elif point.ended_early:
             trainer.should_stop = True
 
     def _after_save(self, trainer: pl.Trainer) -> None:
@@ -150,6 +157,11 @@ class RunCheckpoint(ElasticCheckpoint):
         release.stand_in = None
         if self._is_off(trainer) or (self._point and self._point.finished and self._point.step == trainer.global_step):
             return
-        early = any(isinstance(one, EarlyStopping) and one.stopped_epoch for one in _lightning.callbacks_of(trainer))
-        self.save_now(trainer, "final", finished=True, ended_early=early)
+        self.save_now(trainer, "final", finished=True, ended_early=_is_stopped_early(trainer))
         self._worker.board[Word.END_UNSAVED] = int(self._seals is not None and self._seals.last_failure is not None)
+
+
+def _is_stopped_early(trainer: pl.Trainer) -> bool:
+    stoppers = [one for one in _lightning.callbacks_of(trainer) if isinstance(one, EarlyStopping)]
+    # Of one that stops in the first epoch, the epoch alone doesn't tell.
+    return any(one.stopped_epoch or one.stopping_reason is not EarlyStoppingReason.NOT_STOPPED for one in stoppers)

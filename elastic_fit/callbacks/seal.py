@@ -305,7 +305,7 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         extra["global_batch"] = batch
     return Facts(
         step=trainer.global_step,
-        epoch=trainer.current_epoch,
+        epoch=checkpoint["epoch"],
         samples=position.samples() if position is not None else None,
         world_size=trainer.world_size,
         strategy=type(trainer.strategy).__name__,

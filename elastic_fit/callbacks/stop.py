@@ -5,9 +5,9 @@ where the boundaries are. A boundary is a place where a checkpoint resumes to th
 
 - the end of a batch that completed an optimizer step, unless a validation or the end of the epoch follows: the
   checkpoint would leave those out;
-- each batch of a validation. The checkpoint holds the state of the last optimizer step, and that its validation is to
-  be done from the start (half of a metric is in no checkpoint), with the random streams of its start;
-- the end of a validation in the middle of an epoch, and the end of an epoch;
+- each batch of a validation. The checkpoint holds the state before it: it is to be done from its start (half of a
+  metric is in no checkpoint), with the random streams of its start. See `elastic_fit.callbacks.epilogue`;
+- the end of a validation in the middle of an epoch, but not of an accumulation; and the end of an epoch;
 - the start of the sanity check, each of its batches, and the start of the training: nothing new is there to be saved;
 - each batch of a test, of a prediction and of a validation outside of ``fit``: nothing is left to be saved.
 
@@ -127,10 +127,10 @@ class Stopper(Checkpoint):
         self._at_boundary(trainer, within=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A validation is over; where it is the epoch's last, the end of that follows."""
+        """A validation is over; the end of the epoch may follow, or the rest of an accumulation."""
         self._desk.next_round()
         is_followed = trainer.state.fn == TrainerFn.FITTING and (
-            trainer.sanity_checking or _lightning.is_last_batch(trainer)
+            trainer.sanity_checking or _lightning.is_epoch_ending(trainer) or not _lightning.is_boundary(trainer)
         )
         if self._desk.request and not is_followed:
             self._stop(trainer)
@@ -154,13 +154,6 @@ class Stopper(Checkpoint):
     def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """A batch of a prediction is done."""
         self._at_boundary(trainer, within=True)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """A validation that is under way will be done from its start."""
-        if _lightning.is_validation_under_way(trainer):
-            _lightning.redo_validation(checkpoint)
 
     def _reinstall(self, trainer: pl.Trainer) -> None:
         if not _lightning.requeues_by_itself(trainer):
