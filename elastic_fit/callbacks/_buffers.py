@@ -5,7 +5,7 @@ Holds for Lightning 2.6 and torch 2.10 to 2.13; ``tests/test_contract_lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_fit.callbacks._sharded import captures_own_shards
+from elastic_fit.callbacks import _sharded
 
 Place = tuple[dict[str, torch.Tensor], str]
 """A module's own dictionary of buffers, and a name in it."""
@@ -24,18 +24,25 @@ def persistent_buffers(trainer: pl.Trainer) -> dict[str, Place]:
 
     None where a strategy puts its checkpoints together in a way of its own.
     """
-    is_sharded = captures_own_shards(trainer.strategy)
-    if type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy) and not is_sharded:
+    module, strategy = trainer.lightning_module, trainer.strategy
+    if _sharded.captures_own_shards(strategy):
+        saved = _sharded.names_in_state(module)
+        named = ((_sharded.name_in_state(path), place) for path, place in _places_in(module))
+        return {name: place for name, place in named if name in saved}
+    if type(strategy) not in (DDPStrategy, SingleDeviceStrategy):
         return {}
-    saved = trainer.strategy.lightning_module_state_dict()
+    state = strategy.lightning_module_state_dict()
     return {
-        name: (cast(dict[str, torch.Tensor], module._buffers), own)
-        for path, module in trainer.lightning_module.named_modules()
-        for own, buffer in module.named_buffers(recurse=False)
-        if (name := f"{path}.{own}" if path else own) in saved
-        # Sharded states are copies.
-        and (is_sharded or saved[name].data_ptr() == buffer.data_ptr())
+        path: (buffers, own)
+        for path, (buffers, own) in _places_in(module)
+        if path in state and state[path].data_ptr() == buffers[own].data_ptr()
     }
+
+
+def _places_in(module: torch.nn.Module) -> Iterator[tuple[str, Place]]:
+    for path, one in module.named_modules():
+        for own, _ in one.named_buffers(recurse=False):
+            yield f"{path}.{own}" if path else own, (cast(dict[str, torch.Tensor], one._buffers), own)
 
 
 def call_before_forward(trainer: pl.Trainer, act: Callable[[], None]) -> bool:
@@ -64,4 +71,4 @@ def amend_state(trainer: pl.Trainer, amend: Callable[[dict[str, Any]], dict[str,
 def copy_all(tensors: list[torch.Tensor], to: list[torch.Tensor]) -> None:
     """Copy them, in as few steps as the device allows."""
     with torch.no_grad():
-        torch._foreach_copy_(to, tensors)
+        torch._foreach_copy_([_sharded.own_part(one) for one in to], [_sharded.own_part(one) for one in tensors])

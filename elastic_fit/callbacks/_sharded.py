@@ -44,6 +44,23 @@ def layouts(module: torch.nn.Module) -> list[tuple[np.ndarray, tuple[bool, ...]]
     return list(found.values())
 
 
+def names_in_state(module: torch.nn.Module) -> set[str]:
+    """What a checkpoint of this module holds."""
+    return set(get_model_state_dict(module))
+
+
+def name_in_state(path: str) -> str:
+    """What a checkpoint calls a tensor: ``torch.compile`` and checkpointed activations wrap modules, and don't show."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        path = path.replace(wrapper, "")
+    return path
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor is on this rank, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def divide(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a captured state Lightning writes as shards, by the names that it reads them by, and the rest."""
     rest = dict(checkpoint)

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import lightning.pytorch as pl
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks.collective import saving_alone
-from elastic_fit.callbacks.seal import Purpose, facts_of, persist
+from elastic_fit.callbacks.seal import Purpose, Seals, facts_of, is_finite, persist
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.store import is_remote
 
@@ -79,7 +80,7 @@ def rescue(
     """
     step = trainer.global_step
     worker = session.current()
-    why = _why_not(trainer, replicas)
+    why = why_no_rescue(trainer, replicas)
     if why is not None:
         _tell_loss(trainer, store, why, began)
     if why is not None or step <= began:
@@ -96,6 +97,8 @@ def rescue(
             with saving_alone():
                 checkpoint = _lightning.capture(trainer)
                 facts = facts_of(trainer, purpose, checkpoint)
+            if Seals.of(trainer).finite_check:
+                facts = replace(facts, finite=is_finite(checkpoint))
             save = persist if replicas is None else replicas.save
             size = save(checkpoint, store, name, facts)
     except Exception as failure:  # noqa: BLE001 - hooks of the script's take part in a save, and may raise anything
@@ -105,6 +108,9 @@ def rescue(
         return False
     if size is None:
         return True
+    if facts.finite is False:
+        _tell_loss(trainer, store, "what survivors hold has NaN or Inf in it: it is kept to be looked at", began)
+        return False
     if worker is not None:
         worker.board[Word.RESCUED_STEP] = step
         worker.ledger.write("rescue", step=step, rank=trainer.global_rank, bytes=size, newer_than=there)
@@ -113,14 +119,17 @@ def rescue(
     return True
 
 
-def can_rescue(trainer: pl.Trainer, replicas: Replicas | None) -> bool:
-    """Whether a survivor's state is of use: all of it, or a shard that has a replica."""
-    return trainer.world_size == 1 or _lightning.is_replicated(trainer) or replicas is not None
+def why_no_rescue(trainer: pl.Trainer, replicas: Replicas | None) -> str | None:
+    """Why what this survivor holds is of no use, be it all of the state or a shard that has a replica; None if it is.
 
-
-def _why_not(trainer: pl.Trainer, replicas: Replicas | None) -> str | None:
-    if not can_rescue(trainer, replicas):
-        return f"with {type(trainer.strategy).__name__} no rank holds the whole state"
+    A device that works on what it was given earlier may be steps behind its process, and with its peers gone it takes
+    an optimizer step with gradients that never came together: which state it holds then, nobody knows.
+    """
+    strategy, has_peers = trainer.strategy, trainer.world_size > 1
+    if has_peers and replicas is None and not _lightning.is_replicated(trainer):
+        return f"with {type(strategy).__name__} no rank holds the whole state"
+    if has_peers and strategy.root_device.type != "cpu":
+        return f"it can't be told which step the state on {strategy.root_device} is of"
     if StepGuard.of(trainer).is_torn():
         return "this rank is in the middle of an optimizer step"
     return None
@@ -136,8 +145,8 @@ def _tell_loss(trainer: pl.Trainer, store: CheckpointStore, why: str, began: int
 
 
 def _newest_step(store: CheckpointStore) -> int:
-    """Of those that this generation has committed, 0 where there is none: others may belong to an abandoned branch."""
-    mine = (one.manifest for one in store.committed())
+    """Of the valid ones of this generation, 0 where there is none: others may belong to an abandoned branch."""
+    mine = (one.manifest for one in store.valid())
     return max((one.step for one in mine if one.generation == store.generation), default=0)
 
 

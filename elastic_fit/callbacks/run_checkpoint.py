@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from elastic_fit.callbacks import _epilogue, _lightning, release
 from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
 from elastic_fit.callbacks.companions import companions
-from elastic_fit.callbacks.emergency import StepGuard, can_rescue
+from elastic_fit.callbacks.emergency import why_no_rescue
 from elastic_fit.callbacks.loggers import pin
 from elastic_fit.callbacks.seal import Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
@@ -122,7 +122,7 @@ class RunCheckpoint(ElasticCheckpoint):
 
     def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:
         """What the main thread would save if it came back. In the middle of an optimizer step there is nothing."""
-        if self._is_off(trainer) or not can_rescue(trainer, self._replicas) or StepGuard.of(trainer).is_torn():
+        if self._is_off(trainer) or why_no_rescue(trainer, self._replicas) is not None:
             return False
         stuck = PeerLost("another rank has failed, and the main thread does not come back from what it waits for")
         return self._rescue(trainer, stuck)

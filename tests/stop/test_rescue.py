@@ -15,6 +15,7 @@ from elastic_fit.launch.parser import parse
 from elastic_fit.launch.render import Console
 from elastic_fit.launch.run import launch
 from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.store import verify
 from tests.launching import PRELUDE, Elastic, Outcome
 
 SCRIPT = """
@@ -274,6 +275,44 @@ def test_an_exception_on_all_ranks_at_once_is_rescued_once_and_counts_as_a_failu
     assert [rescue["step"] for rescue in outcome.events("rescue")] == [5]
     assert outcome.events("decision")[0]["action"] == "restart"
     assert "the script's own mistake" in outcome.said
+
+
+def test_a_state_that_holds_nan_is_kept_by_a_survivor_and_not_gone_on_from(elastic: Elastic) -> None:
+    more = """
+    class Diverges(Victim):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if ATTEMPT == 0 and self.global_step == 5:
+                raise ValueError("the loss is NaN")
+            return loss * (float("nan") if ATTEMPT == 0 and self.global_step == 4 else 1.0)
+    Victim = Diverges
+    """
+    outcome = run(elastic, "nowhere", 9, "--checkpoint-steps", "3", "--keep", "99", more=more)
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue") == []
+    assert {(one["step"], one["safe_step"]) for one in outcome.events("no_rescue")} == {(5, 3)}
+    assert all("NaN or Inf" in one["why"] for one in outcome.events("no_rescue"))
+    assert outcome.events("resume")[-1]["step"] == 3
+    verdict = verify(outcome.run / "checkpoints" / "fit-1" / "step=5.ckpt")
+    assert not verdict.valid
+    assert verdict.manifest is not None
+    assert verdict.manifest.finite is False
+
+
+def test_a_device_that_may_be_behind_its_process_is_not_rescued(elastic: Elastic) -> None:
+    elsewhere = """
+    from lightning.pytorch.strategies import DDPStrategy
+    class Elsewhere(pl.Callback):
+        def on_exception(self, *_):
+            DDPStrategy.root_device = torch.device("cuda")
+    trainer(At(5, die, rank=1), Elsewhere(), max_epochs=1).fit(Model())
+    """
+    outcome = elastic(elsewhere, "--checkpoint-steps", "3")
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue") == []
+    (told,) = outcome.events("no_rescue")
+    assert (told["safe_step"], told["lost"]) == (3, 2)
+    assert "which step the state on cuda is of" in told["why"]
 
 
 def test_an_exception_in_a_worker_alone_is_rescued_too(elastic: Elastic) -> None:

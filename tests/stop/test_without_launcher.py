@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -301,3 +302,31 @@ fit()
     )
     assert ranks.codes() == [75, 75], ranks.said()
     assert (ranks.folder / "heard.notes").read_text().split() == ["1"]
+
+
+def test_a_tensor_parallel_model_with_buffers_trains_as_it_does_without_us(started) -> None:
+    body = """
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    class Scaled(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("scale", torch.ones(3))
+
+    class Parallel(Long):
+        def __init__(self):
+            super().__init__()
+            self.scaled, self.norm = torch.nn.Sequential(Scaled()), torch.nn.BatchNorm1d(4)
+        def configure_model(self):
+            parallelize_module(self.scaled, self.device_mesh["tensor_parallel"], {"0": ColwiseParallel()})
+        def training_step(self, batch, batch_idx):
+            return self.layer(self.norm(batch[0])).square().mean() + self.scaled(batch[0]).square().mean()
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01, foreach=False)
+    Long = Parallel
+    fit(strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1), max_steps=8)
+    """
+    ranks = started(textwrap.dedent(body), 1)
+    assert ranks.codes() == [0], ranks.said()
+    assert (ranks.folder / "trained.notes").read_text().split() == [str(number) for number in range(1, 9)]
