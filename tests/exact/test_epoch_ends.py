@@ -68,7 +68,11 @@ class Net(Model):
             "best": [float(one) for one in sorted(BEST.best_k_models.values())],
             "epoch": [trainer.current_epoch, trainer.global_step],
         }
-        torch.save(state, HERE / f"end-{RANK}.pt")
+        torch.save(torch.utils._pytree.tree_map(local, state), HERE / f"end-{RANK}.pt")
+
+
+def local(thing):
+    return thing.to_local() if hasattr(thing, "to_local") else thing
 
 
 class Hooks(pl.Callback):
@@ -156,12 +160,12 @@ class End:
     rescued: list[int]
 
 
-def run(elastic: Elastic, call: str, *, stops: int = 0) -> End:
+def run(elastic: Elastic, call: str, *, stops: int = 0, workers: int = 2) -> End:
     script, flags = f"LAUNCHER = {os.getpid()}\n{BODY}", ("--checkpoint-steps", "100")
     for _ in range(stops):
-        stopped = elastic(script + call, *flags)
+        stopped = elastic(script + call, *flags, workers=workers)
         assert stopped.code == 75, stopped.said
-    outcome = elastic(script + call, *flags)
+    outcome = elastic(script + call, *flags, workers=workers)
     assert outcome.code == 0, outcome.said + outcome.output()[-4000:]
     return end_of(outcome)
 
@@ -252,6 +256,34 @@ def test_a_rescue_while_averaged_weights_are_in_the_model_keeps_them_and_its_own
     for hook in ("on_validation_batch_end", "on_validation_epoch_end"):
         end = run(elastic, averaged + f"run(Strike({hook!r}, 3, 1, die), late=late)\n")
         assert end.rescued == [3]
+        assert_same(end, calm)
+
+
+HSDP = """
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Sharded(Net):
+    def configure_model(self):
+        fully_shard(self.layer, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+    def training_step(self, batch, batch_idx):
+        self.log("norm", float(self.global_step), on_step=True, on_epoch=True)
+        return Model.training_step(self, batch, batch_idx)
+
+
+Net = Sharded
+options = {"batches": 6, "strategy": ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1)}
+"""
+
+
+def test_so_it_is_where_survivors_save_their_shards(elastic: Elastic) -> None:
+    calm = run(elastic, HSDP + "run(**options)\n", workers=4)
+    for moment in ("on_validation_end", "on_train_epoch_end"):
+        end = run(elastic, HSDP + f"run(Strike({moment!r}, 3, 1, die), **options)\n", workers=4)
+        assert end.rescued[-1] == 3
         assert_same(end, calm)
 
 
