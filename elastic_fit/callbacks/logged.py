@@ -42,6 +42,10 @@ class LoggedResults(pl.Callback):
         if stage == "fit":
             _results.take_up_no_more(trainer)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What the last epoch has logged is dealt with."""
+        self._at_step = self._now(trainer)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -259,6 +259,29 @@ def test_a_rescue_while_averaged_weights_are_in_the_model_keeps_them_and_its_own
         assert_same(end, calm)
 
 
+FULL = """
+import errno
+from elastic_fit.supervisor.store import SaveFailed, Staged
+
+
+def commit(self, facts, commit=Staged.commit, **rest):
+    if facts.kind == "epoch":
+        raise SaveFailed(self.target, OSError(errno.ENOSPC, "no space"))
+    return commit(self, facts, **rest)
+
+
+Staged.commit = commit
+"""
+
+
+def test_so_it_is_where_nobody_could_save_the_epochs_end(elastic: Elastic) -> None:
+    calm = run(elastic, "run()\n")
+    for moment, step in (*((one, 3) for one in NEXT_ONE), ("on_train_end", 9)):
+        end = run(elastic, FULL + f"run(Strike({moment!r}, {step}, 1, die))\n")
+        assert end.rescued == [step]
+        assert_same(end, calm)
+
+
 HSDP = """
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
