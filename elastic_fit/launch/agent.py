@@ -211,7 +211,7 @@ class ElasticAgent(TorchelasticAgent):
                 self._end_stragglers(attempt)
         self._recovery.ended_ns = self._fx.now_ns()
         self.reached_step = max(self.reached_step, attempt.highest_step)
-        self._has_saved = Status.SAVED in attempt.codes.values() or bool(attempt.rescued_step)
+        self._has_saved = attempt.has_saved(wanted=self._stop is None or self._stop.save)
 
     def _sleep(self, attempt: Attempt, told_of_start: bool, ending_ns: int) -> None:
         timeout = IDLE_S if told_of_start else STARTING_S

@@ -358,6 +358,20 @@ def test_a_worker_that_dies_while_the_run_stops_is_rescued_and_the_run_ends_as_s
     assert len(outcome.events("workers_started")) == 1
 
 
+def test_a_worker_that_dies_while_the_run_stops_right_after_a_save_ends_the_run_as_saved(elastic: Elastic) -> None:
+    body = f"""
+    def stop_and_die():
+        told(lambda: os.kill({os.getpid()}, signal.SIGTERM))()
+        if RANK == 0:
+            die()
+
+    trainer(At(8, stop_and_die, hook="on_train_epoch_start")).fit(Model())
+    """
+    outcome = elastic(body)
+    assert outcome.events("rescue") == []
+    assert (outcome.steps(), outcome.code) == ([8], 75)
+
+
 MEMORY = Path("/sys/fs/cgroup/memory")
 
 
