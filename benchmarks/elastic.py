@@ -288,7 +288,7 @@ def random_changes(count: int, seed: int) -> int:
 def _done_again(cluster: Cluster, losses: Sequence[tuple[str, float, float]]) -> int:
     """How many steps were done twice: by a host on its way out, when it alone had done them.
 
-    Its peers hadn't got that step's gradients of it any more; or there were two, and the silent one was the one to go on.
+    Its peers hadn't got that step's gradients of it any more; or of two sides of a cut it was the one to go on.
     """
     repeated = cluster.repeated()
     for step, times in repeated:
