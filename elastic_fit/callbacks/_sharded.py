@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -28,19 +29,32 @@ REST = "meta.pt"
 """What Lightning calls the part of a checkpoint that is neither a parameter nor an optimizer's state."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How some of the parameters are laid out."""
+
+    ranks: np.ndarray
+    """The mesh: global ranks."""
+    divides: tuple[bool, ...]
+    """Which of the mesh's dimensions divide a tensor; along the others, ranks hold the same."""
+    groups: tuple[ProcessGroup, ...] = ()
+    """Of this rank, one along each dimension that divides a tensor."""
+
+
 def captures_own_shards(strategy: Strategy) -> bool:
     """Whether each rank captures its own shards, without a collective, and saves them in files of its own."""
     return type(strategy) is ModelParallelStrategy and strategy._save_distributed_checkpoint
 
 
-def layouts(module: torch.nn.Module) -> list[tuple[np.ndarray, tuple[bool, ...]]]:
-    """How the parameters are laid out: meshes of global ranks, and which of their dimensions divide a tensor."""
-    found: dict[Any, tuple[np.ndarray, tuple[bool, ...]]] = {}
+def layouts(module: torch.nn.Module) -> list[Layout]:
+    """How the parameters are laid out."""
+    found: dict[Any, Layout] = {}
     # A module's own parameters may be whole for a while, as they are for a forward pass; those of its state never are.
     for tensor in get_model_state_dict(module).values():
         if isinstance(tensor, DTensor):
-            divides = tuple(not placement.is_replicate() for placement in tensor.placements)
-            found.setdefault((tensor.device_mesh, divides), (tensor.device_mesh.mesh.numpy(), divides))
+            mesh, divides = tensor.device_mesh, tuple(not placement.is_replicate() for placement in tensor.placements)
+            groups = tuple(mesh.get_group(dimension) for dimension, is_counted in enumerate(divides) if is_counted)
+            found.setdefault((mesh, divides), Layout(ranks=mesh.mesh.numpy(), divides=divides, groups=groups))
     return list(found.values())
 
 

@@ -175,6 +175,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
         if self.emergency and self.is_active:
             self._replicas = agree(trainer, self._make_store(str(self.dirpath)).generation)
+            StepGuard.of(trainer).replicas = self._replicas
 
     # triggers
 

@@ -40,12 +40,14 @@ class StepGuard:
     """Knows whether a batch is half applied to this rank's parameters, or to its learning rates.
 
     It is from the moment on at which an optimizer is about to change the parameters, with gradients that are whole and
-    clipped (clipping may need other ranks), until the batch is done: it may have several optimizers.
+    clipped (which may need other ranks), until the batch is done: it may have several optimizers.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._batch = 0
+        self.replicas: Replicas | None = None
+        """Where shards have replicas: with whom this rank takes its steps together."""
         _lightning.call_before_step(trainer, self._begin)
         setattr(trainer.strategy, _GUARDED, self)
 
@@ -56,6 +58,8 @@ class StepGuard:
         return found if isinstance(found, StepGuard) else cls(trainer)
 
     def _begin(self) -> None:
+        if self.replicas is not None:
+            self.replicas.step_together(self._trainer.strategy.root_device)
         self._batch = _lightning.batches_begun(self._trainer)
 
     def is_torn(self) -> bool:

@@ -6,6 +6,8 @@ those that hold the same one in turn, and only where it isn't there yet. Whoever
 together and commits. So it doesn't matter who survives, as long as somebody does for every shard, at the same step.
 Survivors that are a step apart leave theirs in different folders, and the newest step that is whole wins.
 
+So that survivors of one group never are, its ranks take each optimizer step together or not at all.
+
 Nobody knows who is alive, nor has to: a member that dies over its part keeps nobody waiting, and leaves its place to
 the next that holds the same shard.
 """
@@ -22,8 +24,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from elastic_fit.callbacks import _sharded, session
+from elastic_fit.callbacks._sharded import Layout
 from elastic_fit.callbacks.collective import gather
 from elastic_fit.callbacks.shards import write_part
 from elastic_fit.supervisor.store import CheckpointStore, Facts, Staged
@@ -31,8 +35,6 @@ from elastic_fit.supervisor.store.disk import Disk, new_token, remove_tree
 from elastic_fit.supervisor.store.parts import Meeting, Part, missing
 
 log = logging.getLogger("elastic_fit")
-
-Layout = tuple[np.ndarray, tuple[bool, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +47,22 @@ class Replicas:
     """By number of the shard: the ranks that hold it, lowest first."""
     token: str
     """What the ranks of this process group share."""
+    groups: tuple[dist.ProcessGroup, ...] = ()
+    """Of this rank, with those that hold the other shards of its replica group."""
 
     @property
     def shard(self) -> int:
         """The number of the shard that this rank holds."""
         return next(number for number, ranks in enumerate(self.holders) if self.rank in ranks)
+
+    def step_together(self, device: torch.device) -> None:
+        """Come back once all ranks of this replica group have their gradients; collective, before an optimizer's step.
+
+        Ranks that hold the same shard sum theirs up among themselves, whatever becomes of other shards' sums. Without
+        this, one that dies between two of those leaves survivors a step apart, and no step of which all shards exist.
+        """
+        for group in self.groups:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def place(self, store: CheckpointStore, name: str) -> Path:
         """The folder that those who hold the same shard lock, one at a time, to `save` it."""
@@ -97,7 +110,7 @@ def holders_of(layouts: Iterable[Layout], world_size: int) -> tuple[tuple[int, .
     all where there is no mesh, or one leaves some of them out: what these hold is not known then.
     """
     shards: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    places = [_places(mesh, divides) for mesh, divides in layouts]
+    places = [_places(layout) for layout in layouts]
     if not places or any(set(place) != set(range(world_size)) for place in places):
         return ()
     for rank in range(world_size):
@@ -105,11 +118,11 @@ def holders_of(layouts: Iterable[Layout], world_size: int) -> tuple[tuple[int, .
     return tuple(tuple(ranks) for ranks in shards.values())
 
 
-def _places(mesh: np.ndarray, divides: tuple[bool, ...]) -> dict[int, tuple[int, ...]]:
+def _places(layout: Layout) -> dict[int, tuple[int, ...]]:
     """Where each rank is, along the dimensions that divide a tensor."""
     return {
-        int(rank): tuple(place for place, is_counted in zip(where, divides, strict=True) if is_counted)
-        for where, rank in np.ndenumerate(mesh)
+        int(rank): tuple(place for place, is_counted in zip(where, layout.divides, strict=True) if is_counted)
+        for where, rank in np.ndenumerate(layout.ranks)
     }
 
 
@@ -120,11 +133,16 @@ def agree(trainer: pl.Trainer, generation: int) -> Replicas | None:
     """
     if trainer.world_size == 1 or not _sharded.captures_own_shards(trainer.strategy):
         return None
-    holders = holders_of(_sharded.layouts(trainer.lightning_module), trainer.world_size)
+    layouts = _sharded.layouts(trainer.lightning_module)
+    holders = holders_of(layouts, trainer.world_size)
     if not holders or min(len(ranks) for ranks in holders) < 2:
         return None
-    token = gather(new_token(generation))[0]
-    return Replicas(rank=trainer.global_rank, holders=holders, token=token)
+    return Replicas(
+        rank=trainer.global_rank,
+        holders=holders,
+        token=gather(new_token(generation))[0],
+        groups=tuple({id(group): group for layout in layouts for group in layout.groups}.values()),
+    )
 
 
 def _put_together(staged: Staged, parts: Mapping[int, Part], rest: Mapping[str, Any], facts: Facts) -> int:

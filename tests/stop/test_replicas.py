@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_fit.callbacks.replicas import Layout, holders_of
+from elastic_fit.callbacks._sharded import Layout
+from elastic_fit.callbacks.replicas import holders_of
 from elastic_fit.supervisor.store import CheckpointStore, FileEntry
 from elastic_fit.supervisor.store.parts import Meeting, Part, Unfinished, unfinished, why_unfinished
 
@@ -40,9 +41,10 @@ def part(shard: int, *, step: int = 5, holders: tuple[tuple[int, ...], ...] = ((
     ],
 )
 def test_ranks_hold_the_same_shard_if_no_mesh_tells_them_apart(
-    layouts: list[Layout], holders: tuple[tuple[int, ...], ...]
+    layouts: list[tuple[np.ndarray, tuple[bool, ...]]], holders: tuple[tuple[int, ...], ...]
 ) -> None:
-    assert holders_of(layouts, max([4, *(mesh.size for mesh, _ in layouts)])) == holders
+    found = [Layout(ranks=ranks, divides=divides) for ranks, divides in layouts]
+    assert holders_of(found, max([4, *(ranks.size for ranks, _ in layouts)])) == holders
 
 
 def test_a_shard_that_nobody_left_is_named_with_the_ranks_that_held_it() -> None:
