@@ -1,12 +1,13 @@
-"""Kill one rank of a data-parallel training at random moments, and count the optimizer steps that it costs.
+"""Kill one rank of a training at random moments, and count the optimizer steps that it costs.
 
     python -m benchmarks.rescues --kills 100 --results rescues.jsonl
+    python -m benchmarks.rescues --kills 100 --strategy hsdp --results rescues.jsonl
     python -m benchmarks.rescues --table rescues.jsonl
 
-It goes on where the results end. Runs of 20 kills each, under the launcher, with two ranks (DDP, a validation every 10
-steps, no checkpoint by time or steps): killed again each time that training is back, after a random part of half a
-second. What a kill costs is what the ledger says of it: the highest step that any rank had completed, less the step
-that the run went on from.
+It goes on where the results end. Runs of 20 kills each, under the launcher, with two ranks (DDP) or four (HSDP: two
+groups of two), a validation every 10 steps, no checkpoint by time or steps: killed again each time that training is
+back, after a random part of half a second. What a kill costs is what the ledger says of it: the highest step that any
+rank had completed, less the step that the run went on from. The results also say why shards never came together.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.ledger import read
 
 KILLS_A_RUN = 20
+RANKS = {"ddp": "2", "hsdp": "4"}
+Row = tuple[str, int]
+"""A strategy, and how long a step takes in milliseconds."""
 
 
 def strike(run: Path, kills: int, draw: random.Random, ended: threading.Event) -> None:
@@ -50,8 +54,8 @@ def strike(run: Path, kills: int, draw: random.Random, ended: threading.Event) -
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def play(kills: int, pause_ms: int, seed: int) -> list[int]:
-    """Steps lost by each of the kills."""
+def play(kills: int, strategy: str, pause_ms: int, seed: int) -> tuple[list[int], list[str]]:
+    """Steps lost by each of the kills, and why shards never came together."""
     ended = threading.Event()
     with tempfile.TemporaryDirectory(prefix="rescues-") as name:
         run, script = Path(name) / "run", Path(name) / "train.py"
@@ -60,30 +64,33 @@ def play(kills: int, pause_ms: int, seed: int) -> list[int]:
         thread = threading.Thread(target=strike, args=(run, kills, random.Random(seed), ended))
         thread.start()
         try:
-            flags = ["--run-dir", str(run), "--nproc-per-node", "2", "--max-restarts", "1000"]
-            argv = [*flags, "--checkpoint-interval", "10h", str(script), "ddp", str(pause_ms), name, "ours"]
+            flags = ["--run-dir", str(run), "--nproc-per-node", RANKS[strategy], "--max-restarts", "1000"]
+            argv = [*flags, "--checkpoint-interval", "10h", str(script), strategy, str(pause_ms), name, "ours"]
             launch(parse(argv), Console(out=io.StringIO(), err=io.StringIO()), nursery)
         finally:
             ended.set()
             thread.join()
             nursery.close()
-        return [int(one["steps"]) for one in read(run / "events.jsonl") if one.event == "steps_repeated"]
+        events = read(run / "events.jsonl")
+        why = [str(one["why"]) for one in events if one.event == "no_rescue" and "rank" not in one.fields]
+        return [int(one["steps"]) for one in events if one.event == "steps_repeated"], why
 
 
-def counted(path: Path) -> dict[int, list[int]]:
-    """Steps lost by each kill that is in a file of results, by how long a step takes in milliseconds."""
-    lost: dict[int, list[int]] = collections.defaultdict(list)
+def counted(path: Path) -> dict[Row, list[int]]:
+    """Steps lost by each kill that is in a file of results, by row."""
+    lost: dict[Row, list[int]] = collections.defaultdict(list)
     for line in path.read_text().splitlines() if path.exists() else ():
         record = json.loads(line)
-        lost[record["pause_ms"]] += record["lost"]
+        lost[record["strategy"], record["pause_ms"]] += record["lost"]
     return lost
 
 
 def table(path: Path) -> str:
     """The counts, as a table in Markdown."""
-    lines = ["| step | kills | cost no step | cost one | most |", "|---|---|---|---|---|"]
-    for pause_ms, steps in sorted(counted(path).items()):
-        lines.append(f"| {pause_ms} ms | {len(steps)} | {steps.count(0)} | {steps.count(1)} | {max(steps)} |")
+    lines = ["| strategy | step | kills | cost no step | cost one | most |", "|---|---|---|---|---|---|"]
+    for (strategy, pause_ms), steps in sorted(counted(path).items()):
+        counts = f"{len(steps)} | {steps.count(0)} | {steps.count(1)} | {max(steps)}"
+        lines.append(f"| {strategy} | {pause_ms} ms | {counts} |")
     return "\n".join(lines)
 
 
@@ -91,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Play the kills that the results lack; 1 where one cost more than one step, or more than one in a hundred did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--strategy", choices=RANKS, default="ddp")
     parser.add_argument("--pause-ms", type=int, default=0, help="how long a step sleeps")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("rescues.jsonl"), help="kills that are there count")
@@ -101,16 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    while (there := len(counted(args.results)[args.pause_ms])) < args.kills:
+    row = (args.strategy, args.pause_ms)
+    while (there := len(counted(args.results)[row])) < args.kills:
         seed = args.seed + there
-        lost = play(min(KILLS_A_RUN, args.kills - there), args.pause_ms, seed)
+        lost, why = play(min(KILLS_A_RUN, args.kills - there), *row, seed)
         if not lost:
             print("the run ended before it was killed", file=sys.stderr)
             return 1
         with args.results.open("a") as file:
-            file.write(json.dumps({"pause_ms": args.pause_ms, "seed": seed, "lost": lost}) + "\n")
+            about = {"strategy": args.strategy, "pause_ms": args.pause_ms, "seed": seed}
+            file.write(json.dumps({**about, "lost": lost, "why": why}) + "\n")
     print(table(args.results))
-    steps = counted(args.results)[args.pause_ms]
+    steps = counted(args.results)[row]
     return int(max(steps, default=0) > 1 or sum(one > 0 for one in steps) > max(1, len(steps) // 100))
 
 

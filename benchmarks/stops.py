@@ -57,6 +57,7 @@ import os, sys, time
 import lightning.pytorch as pl, torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,6 +70,8 @@ class Model(pl.LightningModule):
     def configure_model(self):
         if strategy == "fsdp2":
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+        if strategy == "hsdp":
+            fully_shard(self.net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     def training_step(self, batch, batch_idx):
         time.sleep(pause_s)
         return self.net(batch[0]).square().mean()
@@ -86,10 +89,11 @@ class Model(pl.LightningModule):
 def data(n):
     return DataLoader(TensorDataset(torch.randn(n, 16)), batch_size=2)
 
-made = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if strategy == "fsdp2" else "ddp"
+world = 4 if strategy == "hsdp" else 2
+made = "ddp" if strategy == "ddp" else ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
 own = [ModelCheckpoint(f"{folder}/stock", every_n_train_steps=5, save_on_exception=True)] if stock else []
 trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy=made, max_epochs=-1, logger=False, callbacks=own,
+    accelerator="cpu", devices=world, strategy=made, max_epochs=-1, logger=False, callbacks=own,
     enable_checkpointing=stock, enable_progress_bar=False, enable_model_summary=False, val_check_interval=10,
 )
 trainer.fit(Model(), data(160000), data(40))
