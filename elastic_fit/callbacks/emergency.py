@@ -110,11 +110,12 @@ def rescue(
             worker.ledger.write("save_failed", step=step, error=f"{type(failure).__name__}: {failure}")
         log.error("elastic-fit: step %d could not be rescued: %s: %s", step, type(failure).__name__, failure)
         return False
+    if facts.finite is False:
+        kept = ": it is kept to be looked at" if replicas is None else ""
+        _tell_loss(trainer, store, f"what survivors hold has NaN or Inf in it{kept}", began)
+        return False
     if size is None:
         return True
-    if facts.finite is False:
-        _tell_loss(trainer, store, "what survivors hold has NaN or Inf in it: it is kept to be looked at", began)
-        return False
     if worker is not None:
         worker.board[Word.RESCUED_STEP] = step
         worker.ledger.write("rescue", step=step, rank=trainer.global_rank, bytes=size, newer_than=there)

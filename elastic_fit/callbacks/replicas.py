@@ -69,11 +69,13 @@ class Replicas:
         return Meeting(store, name, self.token).open(self.shard)
 
     def save(self, checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int | None:
-        """Leave this rank's shard of a captured state, unless it is there already.
+        """Leave this rank's shard of a captured state, unless it is there already, or nothing would come of it: NaN.
 
         Returns the checkpoint's bytes if it was the last one that was missing, and this rank has committed it. Raises
         OSError, StorageError or RuntimeError where the disk refuses.
         """
+        if facts.finite is False:
+            return None
         meeting = Meeting(store, name, self.token)
         shards, rest = _sharded.divide(checkpoint)
         parts = meeting.parts()
@@ -137,11 +139,14 @@ def agree(trainer: pl.Trainer, generation: int) -> Replicas | None:
     holders = holders_of(layouts, trainer.world_size)
     if not holders or min(len(ranks) for ranks in holders) < 2:
         return None
+    groups = {id(group): group for layout in layouts for group in layout.groups}
+    # A device that may be behind its process is not rescued, so that nothing need be paid for it.
+    is_in_step = trainer.strategy.root_device.type == "cpu"
     return Replicas(
         rank=trainer.global_rank,
         holders=holders,
         token=gather(new_token(generation))[0],
-        groups=tuple({id(group): group for layout in layouts for group in layout.groups}.values()),
+        groups=tuple(groups.values()) if is_in_step else (),
     )
 
 

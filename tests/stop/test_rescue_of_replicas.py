@@ -224,6 +224,24 @@ def test_death_during_a_save_leaves_the_survivors_to_save_the_same_step(elastic:
     assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
 
 
+def test_a_shard_that_holds_nan_is_put_together_with_no_other(elastic: Elastic) -> None:
+    more = """
+    class Poisoned(Replicated):
+        def at(self, point):
+            if point == "callback" and ATTEMPT == 0 and self.global_step == 5 and RANK in (1, 3):
+                for parameter in self.parameters():
+                    parameter.detach().to_local().fill_(float("nan"))
+            super().at(point)
+    Victim = Poisoned
+    """
+    outcome = run(elastic, "callback", 0, "--checkpoint-steps", "3", more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue") == []
+    assert {one["rank"] for one in outcome.events("no_rescue") if "NaN or Inf" in one["why"]} == {1, 3}
+    assert [(one["rank"], one["shard"]) for one in outcome.events("rescue_part")] == [(2, 0)]
+    assert outcome.events("resume")[-1]["step"] == 3
+
+
 def test_a_rescue_leaves_out_what_a_forward_pass_under_way_has_done_to_the_statistics(
     elastic: Elastic, tmp_path: Path
 ) -> None:
