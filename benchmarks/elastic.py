@@ -261,7 +261,7 @@ def random_changes(count: int, seed: int) -> int:
         waits: list[float] = []
         losses: list[tuple[str, float, float]] = []
         for number in range(count):
-            changed, before = time.time(), len(running)
+            before, changed = len(running), time.time()
             what = _change(cluster, draw, running, away)
             size = len(running)
             try:
@@ -274,31 +274,34 @@ def random_changes(count: int, seed: int) -> int:
             for host in away:  # whoever fell silent is gone for good now
                 cluster.hosts("kill", host)
                 cluster.hosts("heal", host)
-            losses += [(what.split()[0], changed, time.time())] if size < before else []
+            losses += [(what, changed, time.time())] if size < before else []
         assert_it_ends_well(cluster, *running.values(), repeats=True)
-        again = _done_again(cluster, losses)
         print(
             f"{count} of {count} changes survived (seed {seed}); median {statistics.median(waits):.1f} s, longest "
             f"{max(waits):.1f} s; finished with exit 0 everywhere, each sample once; "
-            f"steps done twice: {again} in {len(losses)} losses"
+            f"steps done twice in {len(losses)} losses: {_done_again(cluster, losses) or 'none'}"
         )
     return count
 
 
-def _done_again(cluster: Cluster, losses: Sequence[tuple[str, float, float]]) -> int:
-    """How many steps were done twice: by a host on its way out, when it alone had done them.
+def _done_again(cluster: Cluster, losses: Sequence[tuple[str, float, float]]) -> dict[str, int]:
+    """How many steps were done twice, by loss: by a host on its way out, when it alone had done them.
 
     Its peers hadn't got that step's gradients of it any more; or of two sides of a cut it was the one to go on.
     """
-    repeated = cluster.repeated()
-    for step, times in repeated:
+    again: dict[str, int] = {}
+    for step, times in cluster.repeated():
         doings = [one for one in cluster.steps() if one["rank"] == 0 and one["step"] == step]
         first = min(doings, key=lambda one: float(one["t"]))
         assert times == 2, f"step {step} was done {times} times: {doings}"
-        assert any(host == first["host"] and since - 1 < first["t"] < until for host, since, until in losses), (
-            f"step {step} was done twice, first on {first['host']}, which wasn't lost then: {doings}, {losses}"
-        )
-    return len(repeated)
+        told = [
+            f"{what} (a world of {first['world']})"
+            for what, since, until in losses
+            if what.split()[0] == first["host"] and since - 1 < first["t"] < until
+        ]
+        assert told, f"step {step} was done twice, first on {first['host']}, which wasn't lost then: {doings}, {losses}"
+        again[told[0]] = again.get(told[0], 0) + 1
+    return again
 
 
 def _change(cluster: Cluster, draw: random.Random, running: dict[str, Launched], away: list[str]) -> str:
