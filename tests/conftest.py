@@ -1,8 +1,11 @@
-"""What all tests share: the switch for system tests, and an environment that ranks on this machine can run in."""
+"""What all tests share: the switch for system tests, an environment that ranks can run in, and a folder in memory."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +42,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{count} system tests left out (they need root and system packages); "
             "include them with: scripts/test --system"
         )
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory, for thousands of crashes of processes: these don't ask what a disk keeps."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="elastic-fit-", dir=place) as folder:
+        yield Path(folder)
 
 
 pytest_plugins = ["tests.launching"]

@@ -174,7 +174,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         self.began_step = self.saved_step = trainer.global_step
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
         if self.emergency and self.is_active:
-            self._replicas = agree(trainer, self._make_store(str(self.dirpath)).generation)
+            self._replicas = agree(trainer)
             StepGuard.of(trainer).replicas = self._replicas
 
     # triggers

@@ -11,12 +11,9 @@ that dies over its save leaves the place to the next.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -26,10 +23,11 @@ from elastic_fit.callbacks.collective import saving_alone
 from elastic_fit.callbacks.seal import Purpose, Seals, facts_of, is_finite, persist
 from elastic_fit.supervisor.board import Phase, Word
 from elastic_fit.supervisor.store import is_remote
+from elastic_fit.supervisor.store.disk import locked, make_folders
 
 if TYPE_CHECKING:
     from elastic_fit.callbacks.replicas import Replicas
-    from elastic_fit.supervisor.store import CheckpointStore, Url
+    from elastic_fit.supervisor.store import CheckpointStore
 
 log = logging.getLogger("elastic_fit")
 
@@ -93,7 +91,7 @@ def rescue(
         worker.board.enter(Phase.RESCUING)
     name = f"step={step}.ckpt"
     try:
-        with _one_at_a_time(store.root if replicas is None else replicas.place(store, name)):
+        with _one_at_a_time(store) if replicas is None else contextlib.nullcontext():
             there = _newest_step(store)
             if there >= step:
                 return True
@@ -155,22 +153,13 @@ def _newest_step(store: CheckpointStore) -> int:
     return max((one.step for one in mine if one.generation == store.generation), default=0)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(place: Path | Url) -> Iterator[None]:
-    """Hold a folder's lock, which the kernel lets go of where its holder dies.
+def _one_at_a_time(store: CheckpointStore) -> AbstractContextManager[None]:
+    """Hold the folder's lock.
 
     Where the file system has none, or it lies, two survivors may write at once, as they may to an object store; the
-    commit protocol bears that.
+    commit protocol bears that: each has staged a file of its own.
     """
-    if is_remote(place):
-        yield
-        return
-    folder = Path(str(place))
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    if is_remote(store.root):
+        return contextlib.nullcontext()
+    make_folders(store.root, store.disk)
+    return locked(store.root)

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,9 +30,9 @@ from elastic_fit.callbacks import _sharded, session
 from elastic_fit.callbacks._sharded import Layout
 from elastic_fit.callbacks.collective import gather
 from elastic_fit.callbacks.shards import write_part
-from elastic_fit.supervisor.store import CheckpointStore, Facts, Staged
-from elastic_fit.supervisor.store.disk import Disk, new_token, remove_tree
-from elastic_fit.supervisor.store.parts import Meeting, Part, missing
+from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed
+from elastic_fit.supervisor.store.parts import Left, Meeting, Part, missing
+from elastic_fit.supervisor.store.staging import twice_if_it_may_pass
 
 log = logging.getLogger("elastic_fit")
 
@@ -64,45 +64,49 @@ class Replicas:
         for group in self.groups:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
-    def place(self, store: CheckpointStore, name: str) -> Path:
-        """The folder that those who hold the same shard lock, one at a time, to `save` it."""
-        return Meeting(store, name, self.token).open(self.shard)
-
     def save(self, checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int | None:
         """Leave this rank's shard of a captured state, unless it is there already, or nothing would come of it: NaN.
 
-        Returns the checkpoint's bytes if it was the last one that was missing, and this rank has committed it. Raises
-        OSError, StorageError or RuntimeError where the disk refuses.
+        Returns the checkpoint's bytes if this rank has found all shards and has committed it. What may pass (an I/O
+        error) is met once with new files. Raises OSError, StorageError or RuntimeError where the disk refuses for good.
         """
         if facts.finite is False:
             return None
         meeting = Meeting(store, name, self.token)
         shards, rest = _sharded.divide(checkpoint)
-        parts = meeting.parts()
-        if parts is not None and self.shard not in parts:
-            self._leave(shards, meeting, facts.step)
-            parts = meeting.parts()
-        if parts is None:
-            return None
+        twice_if_it_may_pass(lambda: self._leave(shards, meeting, facts.step))
+        parts, size = meeting.parts(), None
         if lacking := missing(self.holders, parts):
             log.warning("elastic-fit: shards of step %d that nobody has saved yet: %s", facts.step, lacking)
-            return None
-        staged = meeting.take()
-        return _put_together(staged, parts, rest, facts) if staged is not None else None
+        else:
+            size = twice_if_it_may_pass(lambda: _put_together(meeting, parts, rest, facts))
+        # Whoever comes late has left a part that nobody will need, and sees by now that there is a checkpoint.
+        if meeting.is_over():
+            meeting.clear()
+        return size
 
     def _leave(self, shards: dict[str, Any], meeting: Meeting, step: int) -> None:
-        """Write this rank's shard. Until its record is there, nobody takes the folder."""
-        report, problem = write_part(
-            meeting.join(), lambda path: _sharded.write_shards(shards, path, self.rank), self.rank
-        )
-        if problem is not None:
-            raise problem
-        part = Part(step=step, shard=self.shard, rank=self.rank, holders=self.holders, files=report.entries)
-        meeting.leave(part)
+        """Write this rank's shard, if it is wanted."""
+        with meeting.stage(self.shard) as staged:
+            if staged is None:
+                return
+            report, problem = write_part(staged, lambda path: _sharded.write_shards(shards, path, self.rank), self.rank)
+            if problem is not None:
+                refusal = report.refusals.get(self.rank)
+                raise problem if refusal is None else SaveFailed(staged.target, refusal) from problem
+            part = Part(
+                step=step,
+                shard=self.shard,
+                rank=self.rank,
+                holders=self.holders,
+                files=report.entries,
+            )
+            meeting.leave(staged, part)
         log.warning("elastic-fit: rank %d saved its shard of the state after step %d", self.rank, step)
         worker = session.current()
         if worker is not None:
-            worker.ledger.write("rescue_part", step=step, rank=self.rank, shard=self.shard, shards=len(self.holders))
+            told = {"step": step, "rank": self.rank, "shard": self.shard, "shards": len(self.holders)}
+            worker.ledger.write("rescue_part", **told)
 
 
 def holders_of(layouts: Iterable[Layout], world_size: int) -> tuple[tuple[int, ...], ...]:
@@ -128,40 +132,45 @@ def _places(layout: Layout) -> dict[int, tuple[int, ...]]:
     }
 
 
-def agree(trainer: pl.Trainer, generation: int) -> Replicas | None:
-    """How the ranks will meet when one of them dies; None where a shard has no replica.
+def agree(trainer: pl.Trainer) -> Replicas | None:
+    """How the ranks will meet when one of them dies; None where a shard has no replica, or ranks see that differently.
 
-    To be called on all ranks when the model is set up: collective where there are replicas.
+    To be called on all ranks when the model is set up: collective where the strategy is one whose shards are saved.
     """
     if trainer.world_size == 1 or not _sharded.captures_own_shards(trainer.strategy):
         return None
     layouts = _sharded.layouts(trainer.lightning_module)
-    holders = holders_of(layouts, trainer.world_size)
-    if not holders or min(len(ranks) for ranks in holders) < 2:
+    mine = holders_of(layouts, trainer.world_size)
+    holders, tokens = zip(*gather((mine, secrets.token_hex(4))), strict=True)
+    if not mine or min(len(ranks) for ranks in mine) < 2 or set(holders) != {mine}:
         return None
     groups = {id(group): group for layout in layouts for group in layout.groups}
     # A device that may be behind its process is not rescued, so that nothing need be paid for it.
     is_in_step = trainer.strategy.root_device.type == "cpu"
     return Replicas(
         rank=trainer.global_rank,
-        holders=holders,
-        token=gather(new_token(generation))[0],
+        holders=mine,
+        token=tokens[0],
         groups=tuple(groups.values()) if is_in_step else (),
     )
 
 
-def _put_together(staged: Staged, parts: Mapping[int, Part], rest: Mapping[str, Any], facts: Facts) -> int:
-    """Make one checkpoint of the parts, as the strategy would have written it, and commit it; returns its bytes."""
-    with staged:
-        files = {entry.path: entry for _, part in sorted(parts.items()) for entry in part.files}
-        indexes = [_sharded.read_index(staged.path / path) for path in files if path.endswith(_sharded.METADATA)]
+def _put_together(meeting: Meeting, parts: Mapping[int, Left], rest: Mapping[str, Any], facts: Facts) -> int | None:
+    """Commit the parts as one checkpoint such as the strategy would have written, and return its bytes.
+
+    None where another process is at it, or there is one by now.
+    """
+    assert {left.part.step for left in parts.values()} == {facts.step}
+    files = {path: entry for _, left in sorted(parts.items()) for path, entry in left.files.items()}
+    indexes = [path for path in files if path.name.endswith(_sharded.METADATA)]
+    shards = {path: entry for path, entry in files.items() if path not in indexes}
+    with meeting.claimed() as is_mine, meeting.join() as staged:
+        if not is_mine or meeting.is_over():
+            return None
+        staged.mkdir()
         with staged.open_part(_sharded.METADATA) as file:
-            pickle.dump(_sharded.merge(indexes), file)
+            pickle.dump(_sharded.merge([_sharded.read_index(path) for path in indexes]), file)
         with staged.open_part(_sharded.REST) as file:
             torch.save(rest, file)  # type: ignore[arg-type]
-        data = [entry for path, entry in files.items() if not path.endswith(_sharded.METADATA)]
-        wanted = {_sharded.METADATA, _sharded.REST, *(entry.path for entry in data)}
-        for path in staged.path.iterdir():
-            if path.name not in wanted:  # records, and what those have left who died over their part
-                remove_tree(path, Disk())
-        return staged.commit(facts, parts=data).manifest.total_bytes
+        with meeting.moved(shards, staged):
+            return staged.commit(facts, parts=shards.values()).manifest.total_bytes

@@ -30,10 +30,10 @@ from elastic_fit.supervisor.store import (
     CheckpointStore,
     Facts,
     FencedOff,
-    SaveFailed,
     is_remote,
     open_store,
 )
+from elastic_fit.supervisor.store.staging import twice_if_it_may_pass
 
 log = logging.getLogger("elastic_fit")
 
@@ -221,13 +221,7 @@ def persist(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, fa
     What may pass (an I/O error) is met once with new files. Raises SaveFailed where the disk refuses for good,
     FencedOff where a newer generation has taken the run.
     """
-    try:
-        return _write(checkpoint, store, name, facts)
-    except SaveFailed as error:
-        if not error.may_pass:
-            raise
-        log.warning("elastic-fit: %s; trying once more, with new files", error.message)
-        return _write(checkpoint, store, name, facts)
+    return twice_if_it_may_pass(lambda: _write(checkpoint, store, name, facts))
 
 
 def _write(checkpoint: Mapping[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:

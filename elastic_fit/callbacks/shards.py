@@ -5,7 +5,6 @@ What comes of it is the same on all ranks: committed, or failed for the same rea
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,7 @@ from elastic_fit.callbacks import _lightning
 from elastic_fit.callbacks.collective import gather
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Facts, FileEntry, SaveFailed, Staged
-
-log = logging.getLogger("elastic_fit")
+from elastic_fit.supervisor.store.staging import twice_if_it_may_pass
 
 META_TEMPORARY = ".tmp"
 
@@ -44,13 +42,7 @@ def write_together(
     What may pass (an I/O error, on whichever rank) is met once with new files. Raises on all ranks alike SaveFailed
     where a disk refuses for good, FencedOff where a newer generation has taken the run.
     """
-    try:
-        return _write(trainer, write, store, name, facts)
-    except SaveFailed as error:
-        if not error.may_pass:
-            raise
-        log.warning("elastic-fit: %s; trying once more, with new files", error.message)
-        return _write(trainer, write, store, name, facts)
+    return twice_if_it_may_pass(lambda: _write(trainer, write, store, name, facts))
 
 
 def _write(trainer: pl.Trainer, write: Callable[[str], None], store: CheckpointStore, name: str, facts: Facts) -> int:

@@ -194,11 +194,11 @@ def test_ranks_of_a_group_take_a_step_together_or_not_at_all(elastic: Elastic, c
 def test_a_survivor_that_dies_over_its_shard_leaves_the_place_to_its_replica(elastic: Elastic) -> None:
     more = """
     from elastic_fit.supervisor.store.parts import Meeting
-    def leave(self, part, leave=Meeting.leave):
+    def leave(self, staged, part, leave=Meeting.leave):
         if part.shard == 0 and not (HERE / "first").exists():
             (HERE / "first").touch()
             die()
-        leave(self, part)
+        leave(self, staged, part)
     Meeting.leave = leave
     """
     outcome = run(elastic, "forward", 3, more=textwrap.dedent(more))
@@ -270,7 +270,7 @@ def test_a_survivor_that_dies_over_putting_the_shards_together_is_told_with_what
     assert outcome.code == 0, outcome.said
     assert outcome.events("rescue") == []
     (told,) = outcome.events("no_rescue")
-    assert "all 2 shards of step 5 were saved, and who was to put them together has died" in told["why"]
+    assert "all 2 shards of step 5 were saved, and who was to put them together could not" in told["why"]
     assert (told["safe_step"], told["lost"]) == (3, 2)
     assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.store.aftermath import Tally
@@ -19,14 +14,6 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     tally = request.config.stash.setdefault(_TALLY, Tally())
     tally.test = request.function.__name__.removeprefix("test_").replace("_", " ")
     return tally
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A folder in memory, for thousands of crashes of processes: these don't ask what a disk keeps."""
-    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="elastic-fit-", dir=place) as folder:
-        yield Path(folder)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -110,7 +110,7 @@ class Staged(Staging[Path]):
 
     def mkdir(self) -> Path:
         """Make it a folder."""
-        with self._failing():
+        with self.failing():
             self._disk.mkdir(self.path)
         return self.path
 
@@ -147,7 +147,7 @@ class Staged(Staging[Path]):
 
         Raises FencedOff where a newer generation has taken the run, SaveFailed where the disk refuses.
         """
-        with self._failing():
+        with self.failing():
             mine = self.digests()
         return self.commit_entries(facts, (*mine, *parts))
 
@@ -155,7 +155,7 @@ class Staged(Staging[Path]):
         """Commit what is staged as exactly these files, whoever has written them. Raises as `commit` does."""
         from elastic_fit.supervisor.store.folder import Checkpoint
 
-        with self._failing(), _kept_open(self.path) as mine:
+        with self.failing(), _kept_open(self.path) as mine:
             manifest = self._write_manifest(facts, entries)
             aside = self._aside()
             try:

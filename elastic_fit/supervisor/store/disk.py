@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
 import socket
 import stat
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,14 @@ from elastic_fit.supervisor.store.manifest import SUFFIX
 
 TEMPORARY = ".tmp-"
 DELETING = ".del-"
+PART = ".part-"
+"""One rank's part of a checkpoint that others will put together."""
+CLAIM = ".claim-"
+"""Says who puts parts together: a symlink, to the token of that process."""
 
-_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?:tmp|del)-(?P<token>[0-9a-z-]+)(?P<suffix>\.manifest\.json)?", re.DOTALL)
+_HIDDEN = re.compile(
+    r"\.(?P<name>.+)(?P<state>\.(?:tmp|del|part|claim)-)(?P<token>[0-9a-z-]+)(?P<suffix>\.manifest\.json)?", re.DOTALL
+)
 _TOKEN = re.compile(r"(?P<generation>\d{1,18})(?:-(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,18}))?-[0-9a-z-]+")
 
 
@@ -111,6 +119,21 @@ def remove_tree(path: Path, disk: Disk) -> None:
     disk.rmdir(path)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which the kernel lets go of where its holder dies.
+
+    Nothing may depend on it: some file systems have none, and on others each host has its own.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def exists(path: Path) -> bool:
     """Whether there is something of that name, be it a broken link. Raises OSError where that can't be told."""
     try:
@@ -149,12 +172,14 @@ def new_token(generation: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hidden:
-    """A file or folder that is no checkpoint: one that is being written or deleted, or its manifest."""
+    """What is no checkpoint: one that is being written or deleted, its manifest, a part of it, or a claim to those."""
 
     name: str
     """The checkpoint's name."""
     token: Token
     is_manifest: bool
+    state: str
+    """`TEMPORARY`, `DELETING`, `PART` or `CLAIM`."""
 
     @classmethod
     def parse(cls, entry: str) -> Hidden | None:
@@ -163,7 +188,7 @@ class Hidden:
         token = Token.parse(found["token"]) if found else None
         if found is None or token is None:
             return None
-        return cls(name=found["name"], token=token, is_manifest=found["suffix"] == SUFFIX)
+        return cls(name=found["name"], token=token, is_manifest=found["suffix"] == SUFFIX, state=found["state"])
 
 
 def hidden_path(target: Path, state: str, generation: int) -> Path:

@@ -71,7 +71,7 @@ class CheckpointStore:
     ) -> None:
         self.root = Path(root)
         self._fence = fence
-        self._disk = disk or Disk()
+        self.disk = disk or Disk()
         self.generation = generation
         self._last_bytes: int | None = None
 
@@ -84,7 +84,7 @@ class CheckpointStore:
         check_relative(name)
         target = self.root / name
         try:
-            make_folders(target.parent, self._disk)
+            make_folders(target.parent, self.disk)
         except OSError as error:
             raise StorageError(f"can't make the folder {target.parent}: {error.strerror}") from error
         check_folder(target.parent)
@@ -97,7 +97,7 @@ class CheckpointStore:
             newest = CheckpointStore(target.parent).committed()[:1]
             needed = newest[0].manifest.total_bytes if newest else 0
         try:
-            free = self._disk.free_bytes(target.parent)
+            free = self.disk.free_bytes(target.parent)
         except OSError as error:
             raise SaveFailed(target, error) from error
         if free is not None and free < needed:
@@ -107,7 +107,7 @@ class CheckpointStore:
     def join(self, name: str, path: Path) -> Staged:
         """Another rank's view of a staged folder at `path`: it writes parts and tells their digests."""
         return Staged(
-            self.root, name, path, fence=self._fence, disk=self._disk, generation=self.generation, told=self._saved
+            self.root, name, path, fence=self._fence, disk=self.disk, generation=self.generation, told=self._saved
         )
 
     def _saved(self, total_bytes: int) -> None:
@@ -174,7 +174,7 @@ class CheckpointStore:
         check_relative(name)
         target = self.root / name
         try:
-            leftovers.remove(target, self._disk, self._fence, self.generation)
+            leftovers.remove(target, self.disk, self._fence, self.generation)
         except OSError as error:
             self._fence.check()
             raise StorageError(f"could not remove {target}: {error.strerror or error}") from error
@@ -187,13 +187,13 @@ class CheckpointStore:
         try:
             if exists(target) and not target.is_symlink():
                 self.remove(link)
-            self._disk.symlink(name, temporary)
+            self.disk.symlink(name, temporary)
             try:
-                self._disk.rename(temporary, target)
+                self.disk.rename(temporary, target)
             except OSError:
-                remove_tree(temporary, self._disk)
+                remove_tree(temporary, self.disk)
                 raise
-            self._disk.sync_folder(target.parent)
+            self.disk.sync_folder(target.parent)
         except OSError as error:
             self._fence.check()
             raise StorageError(f"could not point {target} at {name}: {error.strerror or error}") from error
@@ -205,7 +205,7 @@ class CheckpointStore:
         read.
         """
         try:
-            return leftovers.sweep(self.root, self._disk, self._fence, self.generation)
+            return leftovers.sweep(self.root, self.disk, self._fence, self.generation)
         except OSError as error:
             raise StorageError(f"can't read {self.root}: {error.strerror or error}", hint=READABLE) from error
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from elastic_fit.supervisor.errors import FencedOff
-from elastic_fit.supervisor.store.disk import DELETING, Disk, Hidden, Token, exists, hidden_path, remove_tree
+from elastic_fit.supervisor.store.disk import CLAIM, DELETING, Disk, Hidden, Token, exists, hidden_path, remove_tree
 from elastic_fit.supervisor.store.generation import Fence
 from elastic_fit.supervisor.store.manifest import SUFFIX, Manifest, ManifestError, manifest_path, split_aside
 from elastic_fit.supervisor.store.verify import check, read_manifest
@@ -59,7 +59,7 @@ def sweep(root: Path, disk: Disk, fence: Fence, generation: int) -> list[str]:
     swept = []
     for entry in _entries(root):
         hidden = Hidden.parse(entry)
-        if hidden is not None and hidden.token.is_nobodys(generation):
+        if hidden is not None and _token(root / entry, hidden).is_nobodys(generation):
             finish = _finish_manifest if hidden.is_manifest else _finish_data
             with contextlib.suppress(OSError):
                 finish(root / entry, hidden, disk)
@@ -79,10 +79,18 @@ def found(root: Path, generation: int) -> list[str]:
     names = []
     for entry in _entries(root):
         hidden, aside = Hidden.parse(entry), split_aside(entry.removesuffix(SUFFIX))
-        token = hidden.token if hidden else Token.parse(aside[1]) if aside else None
+        token = _token(root / entry, hidden) if hidden else Token.parse(aside[1]) if aside else None
         if token is not None and token.is_nobodys(generation):
             names.append(entry)
     return names
+
+
+def _token(path: Path, hidden: Hidden) -> Token:
+    """Whose it is. The name of a claim is everybody's; its holder's token is what it points to."""
+    if hidden.state == CLAIM:
+        with contextlib.suppress(OSError):  # let go of meanwhile, or no symlink
+            return Token.parse(os.readlink(path)) or hidden.token
+    return hidden.token
 
 
 def _finish_data(path: Path, hidden: Hidden, disk: Disk) -> None:

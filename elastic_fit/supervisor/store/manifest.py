@@ -157,7 +157,7 @@ def _build(record: dict[str, Any]) -> Manifest:
         raise ManifestError(f"the manifest must list between 1 and {MAX_FILES} files")
     files = tuple(FileEntry(path=one["path"], size=one["size"], digest=one["digest"]) for one in entries)
     for entry in files:
-        _check_entry(entry)
+        check_entry(entry)
     if len({entry.path for entry in files}) != len(files):
         raise ManifestError("the manifest lists a file twice")
     known = {name: record[name] for name in Manifest.__dataclass_fields__ if name in record}
@@ -176,7 +176,7 @@ def _build(record: dict[str, Any]) -> Manifest:
     return Manifest(**{**known, "files": files, "is_folder": bool(record.get("is_folder"))})
 
 
-def _check_entry(entry: FileEntry) -> None:
+def check_entry(entry: FileEntry) -> None:
     if type(entry.size) is not int or entry.size < 0:
         raise ManifestError("a file's size must be a number >= 0")
     if not isinstance(entry.digest, str) or len(entry.digest) != 32 or set(entry.digest) - set("0123456789abcdef"):

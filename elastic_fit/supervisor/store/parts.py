@@ -1,10 +1,15 @@
 """A checkpoint that is put together from parts, whose writers don't wait for one another.
 
-Survivors of a job don't know who else is alive. So each leaves its part in a hidden folder whose name all of them know,
-and looks whether it was the last one that was missing: whoever finds all of them there takes the folder, puts them
-together and commits. A part is there once its record is, whose rename is the last thing that its writer does. All
-records are in one folder: on a network file system, whoever changes a folder sees what others had changed in it before.
+Survivors of a job don't know who else is alive. So each writes its part into a hidden folder of its own, gives that
+the name of a part when it is durable, and looks whether it was the last one that was missing. Whoever finds all of
+them claims them, moves their files into a folder of its own, and commits that. Nobody ever writes into a folder that
+another one writes into or commits.
 
+The claim is one name that all of them know, and whoever makes it holds it: until there is a checkpoint, or until the
+parts are again as they were. So whoever gets it looks first whether the checkpoint is there by now.
+
+All names are in the checkpoint's folder: on a network file system, whoever has changed a folder sees what others had
+changed in it before. Each tells whose it is, as those of all that is being written do, and is swept by the same rule.
 What never came together is found by who sweeps, and says by itself what it lacks.
 """
 
@@ -14,17 +19,35 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store.commit import DigestingFile, Staged
-from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, Hidden, hidden_path, make_folders, new_token
+from elastic_fit.supervisor.store.disk import (
+    CLAIM,
+    PART,
+    TEMPORARY,
+    exists,
+    hidden_path,
+    locked,
+    make_folders,
+    new_token,
+    remove_tree,
+)
 from elastic_fit.supervisor.store.folder import CheckpointStore
-from elastic_fit.supervisor.store.manifest import FileEntry
+from elastic_fit.supervisor.store.manifest import FileEntry, check_entry
+from elastic_fit.supervisor.store.staging import SaveFailed
+from elastic_fit.supervisor.store.trust import check_folder, distrust
+from elastic_fit.supervisor.store.verify import verify
 
-_RECORD = re.compile(r"shard-(\d{1,9})\.json")
+RECORD = "part.json"
+
+_FOLDER = re.compile(
+    r"\.(?P<name>.+)(?P<state>\.(?:tmp|part)-)[0-9a-z-]+-(?P<meeting>[0-9a-f]{8})-(?P<shard>\d{1,9})", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,65 +62,166 @@ class Part:
     """By number of the shard: the ranks that held it, dead or alive."""
     files: tuple[FileEntry, ...]
 
+    def __post_init__(self) -> None:
+        numbers = (self.step, self.shard, self.rank, *(rank for ranks in self.holders for rank in ranks))
+        if any(type(one) is not int or one < 0 for one in numbers) or self.shard >= len(self.holders):
+            raise ValueError("step, shard and ranks must be numbers >= 0, and the shard one of those that are held")
+        if not all(self.holders):
+            raise ValueError("somebody must have held every shard")
+        for entry in self.files:
+            check_entry(entry)
+
     def to_json(self) -> str:
         """The text of its record."""
         return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """From the text of its record. Raises ValueError, KeyError or TypeError where it isn't one."""
-        record: dict[str, Any] = json.loads(text)
-        holders = tuple(tuple(int(rank) for rank in ranks) for ranks in record.pop("holders"))
+        """From the text of its record. Raises ValueError, KeyError, TypeError or StorageError where it isn't one."""
+        record: dict[str, Any] = dict(json.loads(text))
+        holders = tuple(tuple(ranks) for ranks in record.pop("holders"))
         files = tuple(FileEntry(**entry) for entry in record.pop("files"))
         return cls(**record, holders=holders, files=files)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """A part, and where it is."""
+
+    folder: Path
+    part: Part
+
+    @property
+    def files(self) -> dict[Path, FileEntry]:
+        """Its files, where they are."""
+        return {self.folder / entry.path: entry for entry in self.part.files}
+
+
 class Meeting:
-    """The folder in which the parts of one checkpoint come together.
+    """Where the parts of one checkpoint come together.
 
     Args:
         store: where the checkpoint belongs.
         name: its name there.
-        token: what all of its writers share, and no others: by `new_token`, made by one of them beforehand.
+        token: eight hex digits that all of its writers share, and no others.
     """
 
-    def __init__(self, store: CheckpointStore, name: str, token: str, *, disk: Disk | None = None) -> None:
+    def __init__(self, store: CheckpointStore, name: str, token: str) -> None:
         self._store = store
         self._name = name
-        self._disk = disk or Disk()
-        self.path = store.root / f".{name}{TEMPORARY}{token}"
+        self._token = token
+        self._disk = store.disk
+        self._claim = store.root / f".{name}{CLAIM}{store.generation}-{token}"
 
-    def open(self, shard: int) -> Path:
-        """A folder that is the shard's, made where it is missing; its writers take turns by locking it."""
-        folder = self.path / f"shard-{shard}"
-        make_folders(folder, self._disk)
-        return folder
+    @contextlib.contextmanager
+    def stage(self, shard: int) -> Iterator[Staged | None]:
+        """A folder to write a shard into, and to `leave`; None where the shard is there, or all of them are.
+
+        Those on one node that hold the same shard take turns, so that only one of them writes it as long as none dies.
+        Raises StorageError where the disk refuses.
+        """
+        staged = self._store.join(self._name, self._path(TEMPORARY, shard))
+        with staged.failing():
+            make_folders(self._store.root, self._disk)
+            check_folder(self._store.root)
+            for other in self._folders(TEMPORARY, shard):
+                with contextlib.suppress(FileNotFoundError), locked(other):
+                    pass
+            is_wanted = not exists(self._claim) and shard not in self.parts()
+        if not is_wanted:
+            yield None
+            return
+        with staged:
+            staged.mkdir()
+            with locked(staged.path):
+                yield staged
 
     def join(self) -> Staged:
-        """To write files into. Not to be discarded: it is everybody's."""
-        return self._store.join(self._name, self.path)
+        """To put the checkpoint together in: a place that is this process's alone."""
+        target = self._store.root / self._name
+        return self._store.join(self._name, hidden_path(target, TEMPORARY, self._store.generation))
 
-    def leave(self, part: Part) -> None:
-        """Say that all files of a part are there and durable. Raises OSError where the disk refuses."""
-        record = self.path / f"shard-{part.shard}.json"
-        temporary = self.path / f".{record.name}.{new_token(part.rank)}"
-        with DigestingFile(temporary, "", self._disk) as file:
-            file.write(part.to_json().encode())
-        self._disk.rename(temporary, record)
+    def is_over(self) -> bool:
+        """Whether this generation has committed the checkpoint."""
+        verdict = verify(self._store.root / self._name, deep=False)
+        return verdict.valid and verdict.manifest is not None and verdict.manifest.generation == self._store.generation
 
-    def parts(self) -> dict[int, Part] | None:
-        """What has been left so far, by shard; None where somebody has taken the folder."""
-        found = _parts_in(self.path)
-        return found if self.path.exists() else None
+    def leave(self, staged: Staged, part: Part) -> None:
+        """Say that a part is whole: all of its files are durable. Raises StorageError where the disk refuses."""
+        with staged.failing():
+            with DigestingFile(staged.path / RECORD, "", self._disk) as file:
+                file.write(part.to_json().encode())
+            self._disk.sync_folder(staged.path)
+            self._disk.rename(staged.path, self._path(PART, part.shard))
+            self._disk.sync_folder(self._store.root)
 
-    def take(self) -> Staged | None:
-        """Take the folder: what was everybody's is this process's alone. None where another one was quicker."""
-        mine = hidden_path(self._store.root / self._name, TEMPORARY, self._store.generation)
+    def parts(self) -> dict[int, Left]:
+        """What has been left so far, by shard. Raises OSError where the disk refuses."""
+        found: dict[int, Left] = {}
+        for folder in self._folders(PART):
+            part = _read(folder)
+            if part is not None:
+                found.setdefault(part.shard, Left(folder=folder, part=part))
+        return found
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether the parts are this process's, meanwhile: of all that ask at once, they are of one.
+
+        Whoever gets them commits, or leaves them as they are. Raises SaveFailed where the disk refuses.
+        """
         try:
-            self._disk.rename(self.path, mine)
-        except FileNotFoundError:
-            return None
-        return self._store.join(self._name, mine)
+            self._disk.symlink(new_token(self._store.generation), self._claim)
+        except FileExistsError:
+            is_mine = False
+        except OSError as error:
+            raise SaveFailed(self._store.root / self._name, error) from error
+        else:
+            is_mine = True
+        try:
+            yield is_mine
+        finally:
+            if is_mine:
+                with contextlib.suppress(OSError):  # the next sweep does it
+                    self._disk.unlink(self._claim)
+
+    @contextlib.contextmanager
+    def moved(self, files: Mapping[Path, FileEntry], staged: Staged) -> Iterator[None]:
+        """Files of parts, moved into what is staged; back where they were if what follows fails.
+
+        Raises StorageError where one is not what its record says, or the disk refuses.
+        """
+        done: list[tuple[Path, Path]] = []
+        try:
+            with staged.failing():
+                for path, entry in files.items():
+                    if (size := path.stat().st_size) != entry.size:
+                        raise StorageError(f"{path} has {size} bytes, its record says {entry.size}")
+                    self._disk.rename(path, staged.path / entry.path)
+                    done.append((staged.path / entry.path, path))
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # their records still say what is lost
+                for path, back in reversed(done):
+                    self._disk.rename(path, back)
+            raise
+
+    def clear(self) -> None:
+        """Remove what has been left: it is in the checkpoint."""
+        for folder in self._folders(PART):
+            with contextlib.suppress(OSError):  # somebody else is at it, or the next sweep does it
+                remove_tree(folder, self._disk)
+
+    def _path(self, state: str, shard: int) -> Path:
+        target = self._store.root / self._name
+        return target.with_name(f"{hidden_path(target, state, self._store.generation).name}-{self._token}-{shard}")
+
+    def _folders(self, state: str, shard: int | None = None) -> list[Path]:
+        return [
+            self._store.root / found[0]
+            for found in _folders(self._store.root, state)
+            if (found["name"], found["meeting"]) == (self._name, self._token) and shard in (None, int(found["shard"]))
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,15 +234,19 @@ class Unfinished:
 
 def unfinished(root: Path) -> list[Unfinished]:
     """What never came together in a folder of checkpoints, newest first. For who is about to sweep it."""
-    names = sorted(os.listdir(root)) if root.is_dir() else []
-    found = [_parts_in(root / name) for name in names if Hidden.parse(name) is not None]
-    told = [Unfinished(step=next(iter(parts.values())).step, why=why_unfinished(parts)) for parts in found if parts]
+    met: dict[tuple[str, str], dict[int, Part]] = {}
+    with contextlib.suppress(OSError):  # it only tells; who goes on to sweep says what can't be read
+        for found in _folders(root, PART):
+            part = _read(root / found[0])
+            if part is not None:
+                met.setdefault((found["name"], found["meeting"]), {})[part.shard] = part
+    told = [Unfinished(step=next(iter(parts.values())).step, why=why_unfinished(parts)) for parts in met.values()]
     return sorted(told, key=lambda one: one.step, reverse=True)
 
 
-def missing(holders: Collection[Collection[int]], parts: Mapping[int, Part]) -> list[int]:
+def missing(holders: Collection[Collection[int]], shards: Collection[int]) -> list[int]:
     """The shards that nobody has left."""
-    return [shard for shard in range(len(holders)) if shard not in parts]
+    return [shard for shard in range(len(holders)) if shard not in shards]
 
 
 def why_unfinished(parts: Mapping[int, Part]) -> str:
@@ -126,7 +254,9 @@ def why_unfinished(parts: Mapping[int, Part]) -> str:
     one = next(iter(parts.values()))
     lacking = missing(one.holders, parts)
     if not lacking:
-        return f"all {len(one.holders)} shards of step {one.step} were saved, and who was to put them together has died"
+        return (
+            f"all {len(one.holders)} shards of step {one.step} were saved, and who was to put them together could not"
+        )
     held = ", ".join(f"shard {shard} (held by ranks {_listed(one.holders[shard])})" for shard in lacking)
     return f"of the {len(one.holders)} shards of step {one.step} nobody has left {held}"
 
@@ -136,15 +266,19 @@ def _listed(ranks: Collection[int]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _parts_in(folder: Path) -> dict[int, Part]:
-    """By shard. A record that makes no sense is none, and a folder that isn't there, or is a file, has none."""
+def _folders(root: Path, state: str) -> list[re.Match[str]]:
     try:
-        names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    found = {}
-    for name in filter(_RECORD.fullmatch, names):
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            part = Part.parse((folder / name).read_text())
-            found[part.shard] = part
-    return found
+        names = sorted(os.listdir(root))
+    except FileNotFoundError:
+        return []
+    return [found for name in names if (found := _FOLDER.fullmatch(name)) and found["state"] == state]
+
+
+def _read(folder: Path) -> Part | None:
+    """None where it makes no sense, or somebody else may have written it, or it has gone meanwhile."""
+    try:
+        if distrust(folder.lstat()):
+            return None
+        return Part.parse((folder / RECORD).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, StorageError):
+        return None

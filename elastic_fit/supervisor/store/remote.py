@@ -106,7 +106,7 @@ class RemoteStaged(Staging[Url]):
 
     def open(self) -> ObjectStream:
         """Upload it. SaveFailed where the store refuses, FencedOff where a newer generation has taken the run."""
-        with self._failing():
+        with self.failing():
             self._fence.check()
             if self._objects.exists(self._name + SUFFIX):
                 self._aside = self._set_aside()
@@ -134,7 +134,7 @@ class RemoteStaged(Staging[Url]):
         """
         if self._stream is None:
             raise ValueError("nothing was written")
-        with self._failing():
+        with self.failing():
             self._stream.close()
             manifest = manifest_of(self._name, facts, self._stream.entry())
             self._fence.check()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import errno
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -17,7 +18,10 @@ from elastic_fit.supervisor.store.objects import Url
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+log = logging.getLogger("elastic_fit")
+
 Place = TypeVar("Place", Path, Url)
+T = TypeVar("T")
 
 
 class SaveFailed(StorageError):
@@ -35,6 +39,17 @@ class SaveFailed(StorageError):
     def may_pass(self) -> bool:
         """Whether the same save, with new files, may succeed at once."""
         return self.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+
+
+def twice_if_it_may_pass(write: Callable[[], T]) -> T:
+    """What `write` returns, which stages new files each time: what may pass is met once more."""
+    try:
+        return write()
+    except SaveFailed as error:
+        if not error.may_pass:
+            raise
+        log.warning("elastic-fit: %s; trying once more, with new files", error.message)
+        return write()
 
 
 class Staging(abc.ABC, Generic[Place]):
@@ -74,7 +89,7 @@ class Staging(abc.ABC, Generic[Place]):
             raise SaveFailed(self.target, self.failure) from error
 
     @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
+    def failing(self) -> Iterator[None]:
         """What storage refuses is a SaveFailed, or FencedOff where that is the reason."""
         try:
             yield
