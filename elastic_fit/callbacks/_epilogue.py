@@ -35,9 +35,11 @@ def call_before(trainer: pl.Trainer, act: Callable[[], None]) -> None:
     def on_advance_end(data_fetcher: Any) -> None:
         validates = loop._should_check_val_fx(data_fetcher)  # by a clock, perhaps: asked once
         vars(loop)["_should_check_val_fx"] = lambda _: validates
-        act()
-        go_on(data_fetcher)
-        vars(loop).pop("_should_check_val_fx")
+        try:
+            act()
+            go_on(data_fetcher)
+        finally:
+            vars(loop).pop("_should_check_val_fx")
 
     vars(loop)["on_advance_end"] = on_advance_end
 
@@ -49,16 +51,23 @@ def leave_alone(trainer: pl.Trainer) -> None:
             vars(loop).pop(name, None)
 
 
-def start_anyway(trainer: pl.Trainer) -> None:
+def start_anyway(trainer: pl.Trainer, *, is_batch_done: bool = False) -> None:
     """Have this ``fit`` start also where all epochs or steps are done, and do what is left to be done after them.
 
-    Lightning calls no hook then, also not that of the training's end.
+    Lightning calls no hook then, also not that of the training's end. `is_batch_done`: the hooks of the last batch of
+    the checkpoint count as called, although it was saved in one of them.
     """
     loop = trainer.fit_loop
     batches = loop.epoch_loop
+    if "run" in vars(loop) and not is_batch_done:
+        return  # it will, and who has asked for it may know more
 
     def run() -> None:
         vars(loop).pop("run")
+        if is_batch_done:
+            progress: Any = batches.batch_progress
+            for counts in (progress.total, progress.current):
+                counts.completed = counts.processed
         loop.setup_data()
         if trainer.limit_train_batches == 0 or loop.max_batches == 0:
             return loop.run()
@@ -73,7 +82,11 @@ def start_anyway(trainer: pl.Trainer) -> None:
                 batches.max_steps = -1  # until what is left of the epoch has begun
 
         vars(loop)["on_run_start"] = on_run_start
-        return loop.run()
+        try:
+            return loop.run()
+        finally:
+            if vars(loop).pop("on_run_start", None) is not None:  # it didn't start after all
+                loop.max_epochs, batches.max_steps = limits
 
     vars(loop)["run"] = run
 
@@ -86,11 +99,13 @@ def begin_with_it(trainer: pl.Trainer, *, validates: bool, should_stop: bool) ->
     """
     loop = trainer.fit_loop.epoch_loop
     last_step = loop.max_steps
+    should_stop = should_stop or trainer.should_stop
+    trainer.should_stop = False  # until it has begun
 
     def advance(_: Any) -> None:
         vars(loop).pop("advance")
         loop.max_steps = last_step
-        trainer.should_stop = trainer.should_stop or should_stop
+        trainer.should_stop = should_stop
         vars(loop)["_should_check_val_fx"] = lambda _: validates
 
     loop.val_loop.restarting = False
@@ -136,6 +151,8 @@ class SmallState:
         checkpoint.update(_copy(self.captured))
         checkpoint["callbacks"].update(as_it_is)
         for state, groups in zip(checkpoint.get("optimizer_states", []), self.groups, strict=False):
+            if "param_groups" not in state:
+                continue  # another rank has gathered it
             state["param_groups"] = [
                 {**now, **then} for now, then in zip(state["param_groups"], _copy(groups), strict=False)
             ]
@@ -145,13 +162,6 @@ class SmallState:
 
 def _copy(thing: Any) -> Any:
     return tree_map(lambda one: one.detach().clone() if isinstance(one, torch.Tensor) else copy.deepcopy(one), thing)
-
-
-def count_as_completed(checkpoint: dict[str, Any]) -> None:
-    """Have a captured state say that the hooks of the batch that is done have all been called."""
-    batch = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counts in (batch["total"], batch["current"]):
-        counts["completed"] = counts["processed"]
 
 
 class Swaps:

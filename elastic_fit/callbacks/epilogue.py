@@ -7,6 +7,7 @@ learning rates, buffers and the states of callbacks, is small, and copied before
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,33 @@ from elastic_fit.callbacks.loggers import ContinuedLoggers
 from elastic_fit.callbacks.position import DataPosition
 from elastic_fit.callbacks.randomness import RandomStreams
 
+log = logging.getLogger("elastic_fit")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Before:
     batches: int
     """Training batches begun by then: it holds until another one begins."""
+    boundary: int
+    """Batches whose optimizer step was done by then. In the midst of an accumulation it holds until there are more."""
+    is_at_boundary: bool
     state: _epilogue.SmallState
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> _Before:
+        """As it is now."""
+        return cls(
+            batches=_lightning.batches_begun(trainer),
+            boundary=_lightning.batches_in_all(trainer),
+            is_at_boundary=_lightning.is_boundary(trainer),
+            state=_epilogue.SmallState.of(trainer),
+        )
+
+    def holds(self, trainer: pl.Trainer) -> bool:
+        """Whether a save now, which goes back to the last optimizer step, goes back behind it."""
+        if self.batches == _lightning.batches_begun(trainer):
+            return True
+        return not self.is_at_boundary and self.boundary == _lightning.batches_in_all(trainer)
 
 
 class Epilogue(pl.Callback):
@@ -39,6 +61,7 @@ class Epilogue(pl.Callback):
         self._before: _Before | None = None
         self._swaps: _epilogue.Swaps | None = None
         self._restored: dict[str, Any] = {}
+        self._has_told = False
 
     @property
     def state_key(self) -> str:
@@ -61,10 +84,22 @@ class Epilogue(pl.Callback):
 
     def _keep(self) -> None:
         trainer = self._trainer
+        if trainer is None or (self._before is not None and self._before.holds(trainer)):
+            return
         self._before = None
-        if trainer is not None and _lightning.is_followed_by_more(trainer):
-            with saving_alone():
-                self._before = _Before(_lightning.batches_begun(trainer), _epilogue.SmallState.of(trainer))
+        if _lightning.is_followed_by_more(trainer):
+            try:
+                with saving_alone():
+                    self._before = _Before.of(trainer)
+            except Exception as error:  # noqa: BLE001 - states of the script's callbacks, which may raise anything
+                if not self._has_told:
+                    log.warning(
+                        "elastic-fit: the state of a callback or a scheduler can't be copied (%s: %s). A rescue or a "
+                        "stop within a validation or at an epoch's end holds what had been done of it by then.",
+                        type(error).__name__,
+                        error,
+                    )
+                self._has_told = True
 
     def state_dict(self) -> dict[str, Any]:
         """Whether it is to come, and what of it."""
@@ -84,15 +119,11 @@ class Epilogue(pl.Callback):
         if self._swaps is None or "callbacks" not in checkpoint:
             return  # not in a training
         self._swaps.undo_in(checkpoint)
-        before = self._before
-        if before is not None and before.batches != _lightning.batches_begun(trainer):
-            before = None
+        before = self._before if self._before is not None and self._before.holds(trainer) else None
         if before is not None and is_saving_alone():
             before.state.put_into(checkpoint, but=())
         elif before is not None and _lightning.is_validation_under_way(trainer):
             before.state.put_into(checkpoint, but=_kept_by_all(trainer))
-        elif _epilogue.is_to_come(trainer):
-            _epilogue.count_as_completed(checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """To be acted upon when training starts."""
@@ -101,7 +132,7 @@ class Epilogue(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The training may have done its last step."""
         if self._restored.get("is_to_come"):
-            _epilogue.start_anyway(trainer)
+            _epilogue.start_anyway(trainer, is_batch_done=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with it."""

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from elastic_fit.callbacks import _epilogue, _lightning
+from elastic_fit.callbacks.epilogue import Epilogue
 from elastic_fit.callbacks.progress import show_place
 
 
@@ -40,7 +41,9 @@ class RestartedEpoch(pl.Callback):
         trainer = self._trainer
         if trainer is None:
             return {}
-        is_at_step_end = _lightning.is_at_step_end(trainer) and not _epilogue.is_to_come(trainer)
+        has_epilogue = any(isinstance(one, Epilogue) for one in _lightning.callbacks_of(trainer))
+        is_to_come = has_epilogue and _epilogue.is_to_come(trainer)
+        is_at_step_end = _lightning.is_at_step_end(trainer) and not is_to_come
         return {
             "at_epoch_end": _lightning.is_at_epoch_end(trainer),
             "is_whole": _lightning.is_epoch_whole(trainer),

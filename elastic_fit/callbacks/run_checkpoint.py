@@ -69,6 +69,7 @@ class RunCheckpoint(ElasticCheckpoint):
         self._pinned = pin(loggers, folder) if folder else []
         self._active = folder is not None
         self._point = point
+        self._worker.board[Word.SAVED_STEP] = 0  # an earlier fit's says nothing of this one
         self._last_global_step_saved = self._unranked_step = self.began_step = self.saved_step = (
             point.step if point else 0
         )
@@ -117,7 +118,8 @@ class RunCheckpoint(ElasticCheckpoint):
         """From here on there is something that can be rescued, in another thread if need be."""
         super().on_train_start(trainer, pl_module)
         release.stand_in = functools.partial(self._rescue_for_a_stuck_thread, trainer)
-        if _is_stopped_early(trainer):
+        is_restart = self._point is not None and not self._point.finished
+        if is_restart and _is_stopped_early(trainer):
             trainer.should_stop = True  # which is in no checkpoint
 
     def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:

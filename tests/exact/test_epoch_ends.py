@@ -208,6 +208,11 @@ KINDS: dict[str, tuple[str, int, tuple[str, ...]]] = {
         6,
         BATCH_ENDS + VALIDATION[-1:] + EPOCH_ENDS + ("on_train_end",),
     ),
+    "an epoch after which min_steps put off the early stop": (
+        "patience=1, max_epochs=6, min_steps=8",
+        8,
+        BATCH_ENDS,
+    ),
     "an epoch that an early stop cuts short": (
         "patience=1, max_epochs=6, batches=5, val_check_interval=2",
         4,
@@ -370,3 +375,90 @@ def test_ten_failures_and_stops_anywhere_in_epochs_of_three_batches_leave_no_tra
     )
     assert restarts == 10
     assert_same(end_of(outcome), calm)
+
+
+def test_a_validation_in_the_midst_of_an_accumulation_is_done_once_also_if_a_rank_dies_after_it(
+    elastic: Elastic,
+) -> None:
+    options = "batches=5, accumulate_grad_batches=2, val_check_interval=1"
+    calm = run(elastic, f"run({options})\n")
+    end = run(elastic, f"run(Strike('on_train_batch_start', 1, 1, die, nth=2), {options})\n")
+    assert_same(end, calm)
+    assert end.rescued == [1]
+
+
+SHARDED = """
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+class Sharded(Net):
+    def configure_model(self):
+        fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def on_train_epoch_end(self):
+        pass
+
+    def on_train_end(self):
+        note("ended", self.trainer.global_step)
+
+Net = Sharded
+"""
+
+
+def test_a_stop_before_a_validation_is_saved_where_one_rank_gathers_the_optimizers_state(elastic: Elastic) -> None:
+    gathered = "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)"
+    script = f"LAUNCHER = {os.getpid()}\n{BODY}{SHARDED}run(Stop('on_train_batch_end', 3), strategy={gathered})\n"
+    stopped = elastic(script, "--checkpoint-steps", "100")
+    assert stopped.code == 75, stopped.said + stopped.output()[-4000:]
+    assert [event["step"] for event in stopped.events("save")] == [3]
+    again = elastic(script, "--checkpoint-steps", "100")
+    assert again.code == 0, again.said
+    assert set(again.notes("ended")) == {"9"}
+
+
+def test_an_early_stop_ends_the_fit_that_it_is_of_and_no_later_one(elastic: Elastic) -> None:
+    script = """
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    class Flat(Model):
+        def validation_step(self, batch, batch_idx):
+            self.log("flat", 1.0)
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    stopping = EarlyStopping("flat", patience=1)
+    first = trainer(stopping, max_epochs=10)
+    first.fit(Flat())
+    first.fit_loop.max_epochs = 20
+    first.fit(Flat())
+    trainer(stopping, max_epochs=10).fit(Flat())
+    """
+    outcome = elastic(script, workers=1)
+    assert outcome.code == 0, outcome.said
+    assert [bool(outcome.steps(number)) for number in (1, 2, 3)] == [True, True, True]
+
+
+def test_a_callback_whose_state_cant_be_copied_is_told_of_and_does_no_harm(elastic: Elastic) -> None:
+    script = """
+    class Odd:
+        def __deepcopy__(self, memo):
+            raise TypeError("this can't be copied")
+
+    class Holds(pl.Callback):
+        def state_dict(self):
+            return {"odd": Odd()}
+
+    class Validated(Model):
+        def validation_step(self, batch, batch_idx):
+            pass
+        def val_dataloader(self):
+            return self.train_dataloader()
+
+    trainer(Holds(), max_epochs=1).fit(Validated())
+    """
+    outcome = elastic(script, "--load-unsafe", workers=1)
+    assert outcome.code == 0, outcome.said
+    assert "can't be copied (TypeError: this can't be copied)" in outcome.output()

@@ -372,6 +372,19 @@ def test_a_worker_that_dies_while_the_run_stops_right_after_a_save_ends_the_run_
     assert (outcome.steps(), outcome.code) == ([8], 75)
 
 
+def test_what_an_earlier_fit_has_saved_is_no_save_of_the_one_that_is_stopped(elastic: Elastic) -> None:
+    body = f"""
+    def stop_and_die():
+        told(lambda: os.kill({os.getpid()}, signal.SIGTERM))()
+        die()
+    trainer(max_epochs=2).fit(Model())
+    trainer(At(5, stop_and_die), max_epochs=2).fit(Model())
+    """
+    outcome = elastic(body)
+    assert outcome.code == 143, outcome.said
+    assert not list((outcome.run / "checkpoints").glob("fit-2/*.ckpt"))
+
+
 MEMORY = Path("/sys/fs/cgroup/memory")
 
 
