@@ -146,12 +146,20 @@ class ElasticCheckpoint(ModelCheckpoint):
             )
         store = self._make_store(self.dirpath)
         self._seals.add(self.dirpath, store)
-        # The launcher has done it, but for folders that it doesn't know.
-        if trainer.is_global_zero and (session.current() is None or is_remote(self.dirpath)):
+        if self._is_to_sweep(trainer):
             with self._seals.telling():  # the other ranks wait for what this one chooses
                 store.sweep()
         if path is not None:
             _lightning.resume_from(trainer, path)
+
+    def _is_to_sweep(self, trainer: pl.Trainer) -> bool:
+        """Whether this rank sweeps the folder: one of each node, for only there is it known which processes are dead.
+
+        The launcher has done it, but for an object store, which needs nobody on each node.
+        """
+        if is_remote(str(self.dirpath)):
+            return trainer.is_global_zero
+        return session.current() is None and trainer.local_rank == 0
 
     @staticmethod
     def _add_guards(trainer: pl.Trainer) -> None:

@@ -38,7 +38,8 @@ class StepGuard:
     """Knows whether a batch is half applied to this rank's parameters, or to its learning rates.
 
     It is from the moment on at which an optimizer is about to change the parameters, with gradients that are whole and
-    clipped (which may need other ranks), until the batch is done: it may have several optimizers.
+    clipped (which may need other ranks), until the batch is done: it may have several optimizers. What a script itself
+    does to parameters before, in its `on_before_optimizer_step` or `configure_gradient_clipping`, it doesn't know.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -52,8 +53,12 @@ class StepGuard:
     @classmethod
     def of(cls, trainer: pl.Trainer) -> StepGuard:
         """The guard of this trainer's strategy, from now on if there was none."""
-        found = getattr(trainer.strategy, _GUARDED, None)
-        return found if isinstance(found, StepGuard) else cls(trainer)
+        return cls.found(trainer) or cls(trainer)
+
+    @staticmethod
+    def found(trainer: pl.Trainer) -> StepGuard | None:
+        """The guard of this trainer's strategy."""
+        return getattr(trainer.strategy, _GUARDED, None)
 
     def _begin(self) -> None:
         if self.replicas is not None:
@@ -133,7 +138,10 @@ def why_no_rescue(trainer: pl.Trainer, replicas: Replicas | None) -> str | None:
         return f"with {type(strategy).__name__} no rank holds the whole state"
     if has_peers and strategy.root_device.type != "cpu":
         return f"it can't be told which step the state on {strategy.root_device} is of"
-    if StepGuard.of(trainer).is_torn():
+    guard = StepGuard.found(trainer)
+    if guard is None:
+        return "nobody has watched this rank's optimizer steps"
+    if guard.is_torn():
         return "this rank is in the middle of an optimizer step"
     return None
 

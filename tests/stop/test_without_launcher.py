@@ -223,6 +223,24 @@ fit(strategy=ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1)
     assert ranks.step() == 7
 
 
+def test_what_a_dead_process_has_left_is_swept_on_the_node_that_it_was_on(started) -> None:
+    body = """
+import socket, zlib
+def left_by(host, pid=2**22 + 1):
+    return HERE / "checkpoints" / f".step=5.ckpt.tmp-0-{zlib.crc32(host.encode()):08x}-{pid}-0123abcd"
+left_by(f"host-{RANK}").mkdir(parents=True)
+left_by(f"another-{RANK}").mkdir()
+socket.gethostname = lambda: f"host-{RANK}"
+os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK=str(RANK))
+fit(devices=1, num_nodes=2, max_steps=2)
+(HERE / "left").write_text(" ".join(str(number) for number in (0, 1) if left_by(f"host-{number}").exists()))
+"""
+    ranks = started(body)
+    assert ranks.codes() == [0, 0], ranks.said()
+    assert (ranks.folder / "left").read_text() == ""
+    assert len([path for path in (ranks.folder / "checkpoints").iterdir() if path.name.startswith(".")]) == 2
+
+
 def test_lightnings_handlers_and_broadcast_are_back_after_the_fit(started) -> None:
     ranks = started(
         """
