@@ -7,11 +7,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid
 from elastic_fit.supervisor.errors import NoValidCheckpoint
-from tests.checkpoint.models import At, Line, fall_over, names, trainer
+from tests.checkpoint.models import At, Line, Validated, fall_over, names, trainer
 
 
 class Steps(pl.Callback):
@@ -170,3 +170,26 @@ def test_early_stopping_counts_on_after_a_resume(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fit(at=20)
     assert fit(at=None) == 4
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpoint_of_the_scripts_own_of_an_epochs_last_batch_is_to_lightning_what_it_is_without_us(
+    tmp_path: Path, every: int
+) -> None:
+    class Epochs(pl.Callback):
+        def __init__(self) -> None:
+            self.ends: list[tuple[int, int]] = []
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.ends.append((trainer.current_epoch, trainer.global_step))
+
+    def resumed_from(folder: Path, *ours: pl.Callback) -> list[tuple[int, int]]:
+        own = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=8, save_top_k=-1)
+        trainer(folder, own, *ours, max_epochs=1, check_val_every_n_epoch=every).fit(Validated())
+        epochs = Epochs()
+        again = trainer(folder, epochs, max_epochs=3, check_val_every_n_epoch=every)
+        again.fit(Validated(), ckpt_path=folder / "step=8.ckpt")
+        return epochs.ends
+
+    stock = resumed_from(tmp_path / "stock")
+    assert resumed_from(tmp_path / "ours", ElasticCheckpoint(tmp_path / "sealed")) == stock
