@@ -94,13 +94,7 @@ class Replicas:
             if problem is not None:
                 refusal = report.refusals.get(self.rank)
                 raise problem if refusal is None else SaveFailed(staged.target, refusal) from problem
-            part = Part(
-                step=step,
-                shard=self.shard,
-                rank=self.rank,
-                holders=self.holders,
-                files=report.entries,
-            )
+            part = Part(step=step, shard=self.shard, rank=self.rank, holders=self.holders, files=report.entries)
             meeting.leave(staged, part)
         log.warning("elastic-fit: rank %d saved its shard of the state after step %d", self.rank, step)
         worker = session.current()

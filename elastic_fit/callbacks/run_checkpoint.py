@@ -124,7 +124,8 @@ class RunCheckpoint(ElasticCheckpoint):
 
     def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:
         """What the main thread would save if it came back. In the middle of an optimizer step there is nothing."""
-        if self._is_off(trainer) or why_no_rescue(trainer, self._replicas) is not None:
+        is_alone = trainer.world_size == 1  # then no other rank is what it waits for
+        if self._is_off(trainer) or is_alone or why_no_rescue(trainer, self._replicas) is not None:
             return False
         stuck = PeerLost("another rank has failed, and the main thread does not come back from what it waits for")
         return self._rescue(trainer, stuck)

@@ -275,6 +275,20 @@ def test_a_survivor_that_dies_over_putting_the_shards_together_is_told_with_what
     assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
 
 
+def test_ranks_that_see_their_shards_differently_train_and_rescue_nothing(elastic: Elastic) -> None:
+    more = """
+    from elastic_fit.callbacks import _sharded
+    if RANK == 1:
+        _sharded.layouts = lambda module: []
+    """
+    outcome = run(elastic, "forward", 3, more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert outcome.events("rescue_part") == outcome.events("rescue") == []
+    assert {one["why"] for one in outcome.events("no_rescue")} == {
+        "with ModelParallelStrategy no rank holds the whole state"
+    }
+
+
 def test_survivors_whose_main_threads_never_come_back_are_rescued_by_others(elastic: Elastic) -> None:
     more = """
     import ctypes
