@@ -179,11 +179,13 @@ def _has_nodes(folder: RunDir) -> bool:
 
     Raises StorageError where only an etcd server can tell, and doesn't.
     """
+    etcd = next((one for one in reversed(read(folder.events)) if one.event == "start" and one.get("etcd")), None)
+    if etcd is None and not folder.membership.is_dir():
+        return False
     from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
     from elastic_fit.launch.introduction import is_going_on
 
     arbiters: list[Arbiter] = [FolderArbiter(folder.membership)] if folder.membership.is_dir() else []
-    etcd = next((one for one in reversed(read(folder.events)) if one.event == "start" and one.get("etcd")), None)
     if etcd is not None:
         from elastic_fit.launch.etcd import EtcdArbiter
 
