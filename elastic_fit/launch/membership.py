@@ -410,6 +410,8 @@ def _by_rank(codes: Mapping[Any, int]) -> dict[int, int]:
 def _why(roster: Roster) -> str:
     leader = roster.leading.name if roster.leading is not None else roster.leader
     names = {member.node: member.name for member in roster.members}
+    if roster.cause is Cause.LOST and not roster.lost:
+        return f"{leader} was cut off"
     if roster.cause is Cause.LOST:
         return f"{leader} misses {', '.join(names.get(node, node) for node in roster.lost)}"
     if roster.cause is Cause.STOP:

@@ -160,9 +160,10 @@ def _is_cut_off(view: View) -> bool:
     near = [peer for peer in view.peers.values() if roster is not None and roster.seats(peer.profile.node)]
     if roster is None or not near or view.told_version > roster.version:
         return True
-    if any(peer.quiet_s >= bounds.fence_s or not peer.up for peer in near):
+    if any(peer.quiet_s >= bounds.fence_s for peer in near):
         return True
-    # All are linked, so no other round can form behind this node's back: a short outage is nobody's loss.
+    # All were linked just now, so no other round can form behind this node's back yet: a short outage is nobody's loss,
+    # and a peer that goes meanwhile is one like any other. There is time to save what its loss would cost.
     return view.arbiter_age_s >= 2 * bounds.silence_s and any(peer.reaches_arbiter for peer in near)
 
 

@@ -20,6 +20,7 @@ from elastic_fit.launch.arbiter import KEEP_VERSIONS, Arbiter, ArbiterLost, Fold
 from elastic_fit.launch.etcd import EtcdArbiter
 from elastic_fit.supervisor.errors import StorageError, UsageError
 from elastic_fit.supervisor.roster import Phase, Roster
+from elastic_fit.supervisor.view import Bounds
 from tests.nodes.cluster import Cluster, wait_until
 from tests.nodes.endings import assert_it_ends_well
 from tests.nodes.test_one_node import start
@@ -184,6 +185,25 @@ class EtcdHost:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_host_dies_while_etcd_is_down_and_no_step_is_lost(hosts: Cluster) -> None:
+    etcd = EtcdHost(hosts, "h3")
+    started = [hosts.launch(host, flags=etcd.flags) for host in ("h1", "h2")]
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    etcd.kill()
+    down = time.time()
+    # From now on a node that misses the other one as well could be the one that is cut off.
+    hosts.wait_until(lambda: hosts.trains_with(2, after=down + Bounds(least=1, most=1).silence_s))
+    hosts.kill_host("h2")
+    hosts.wait_until(lambda: started[0].told("the arbiter of the job can't be reached"))
+    etcd.start()
+    killed = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(1, after=killed))
+    assert started[0].told("h1 misses h2"), hosts.story()
+    assert_it_ends_well(hosts, started[0], server="h3")
 
 
 @pytest.mark.system
