@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
 import shutil
 import struct
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import Holder, commit, stream
+from elastic_fit.supervisor.store import CheckpointStore, Facts, Holder, commit, stream
 from elastic_fit.supervisor.store.generation import take_generation
 from tests.store import stories
 from tests.store.aftermath import Tally
@@ -142,3 +144,34 @@ def test_a_generation_outlives_a_power_cut(system: FileSystem) -> None:
         assert take_generation(run.generations, Holder.this_process()) == number
         system.cut(NOTHING_FLUSHED)
         system.come_back()
+
+
+def test_a_large_save_leaves_the_page_cache_to_others(system: FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "CACHED_BYTES", 16 << 20)
+    saved = save(system.root, "large.ckpt", 96 << 20)
+    assert cached_bytes(saved) == 16 << 20
+
+
+def test_a_small_save_is_in_the_page_cache_for_a_restart_to_find(system: FileSystem) -> None:
+    saved = save(system.root, "small.ckpt", 20 << 20)
+    assert cached_bytes(saved) == 20 << 20
+
+
+def save(root: Path, name: str, size: int) -> Path:
+    with CheckpointStore(root).stage(name) as staged:
+        with staged.open() as file:
+            for _ in range(size >> 20):
+                file.write(os.urandom(1 << 20))
+        staged.commit(Facts(step=1))
+    return root / name
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file is in memory; by looking, not by reading."""
+    size = path.stat().st_size
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), size) as view:
+        start = ctypes.c_char.from_buffer(view)
+        assert ctypes.CDLL(None, use_errno=True).mincore(ctypes.byref(start), ctypes.c_size_t(size), pages) == 0
+        del start
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("elastic_fit")
 
+CACHED_BYTES = 1 << 30
+"""How much of a file's beginning stays in the page cache, where a restart finds it at once."""
+BACKLOG_BYTES = 512 << 20
+"""How far the disk may be behind; what it has had longer to store is not asked after again."""
+
 
 class DigestingFile(DigestingStream):
     """A new file, written front to back, whose digest is ready when the last byte is. Closing syncs it."""
@@ -60,11 +65,19 @@ class DigestingFile(DigestingStream):
         if self._stored - self._begun >= CHUNK_BYTES:
             self._disk.begin_writeback(self._descriptor, self._begun, self._stored - self._begun)
             self._begun = self._stored
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Leave no more than the file's beginning in the page cache."""
+        start = max(CACHED_BYTES, self._stored - BACKLOG_BYTES)
+        if start < self._stored:
+            self._disk.let_go(self._descriptor, start, self._stored - start)
 
     def _finish(self, *, whole: bool) -> None:
         try:
             if whole:
                 self._disk.sync(self._descriptor)
+                self._let_go()
                 self.status = os.fstat(self._descriptor)
         except OSError as error:
             self.failure = error

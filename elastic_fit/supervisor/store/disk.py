@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
@@ -30,6 +31,10 @@ _HIDDEN = re.compile(
 )
 _TOKEN = re.compile(r"(?P<generation>\d{1,18})(?:-(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,18}))?-[0-9a-z-]+")
 
+SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = ctypes.CDLL(None).sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
 
 class Disk:
     """What the protocol does to the disk; replaced in tests to make one call fail, or the last one that is made."""
@@ -44,9 +49,12 @@ class Disk:
 
     def begin_writeback(self, descriptor: int, start: int, length: int) -> None:
         """Have the kernel begin to write that part to the device, so that less is left for `sync`."""
-        # On Linux this starts the writing; only pages that are clean already, and these aren't, are dropped.
-        # An error of the device is told by the sync; a file system that takes no advice has nothing to tell.
-        with contextlib.suppress(OSError):
+        # Its answer is of no use: an error of the device is told by the sync.
+        _sync_file_range(descriptor, start, length, SYNC_FILE_RANGE_WRITE)
+
+    def let_go(self, descriptor: int, start: int, length: int) -> None:
+        """Have the kernel's cache drop what of that part is on the device already."""
+        with contextlib.suppress(OSError):  # a file system that takes no advice
             os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
     def sync(self, descriptor: int) -> None:
