@@ -19,7 +19,7 @@ from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.epilogue import Epilogue
 from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.replicas import Replicas, agree
-from elastic_fit.callbacks.resume import choose
+from elastic_fit.callbacks.resume import choose, sweep
 from elastic_fit.callbacks.seal import Purpose, Seals
 from elastic_fit.callbacks.stop import Stopper
 from elastic_fit.supervisor.errors import UsageError
@@ -128,15 +128,20 @@ class ElasticCheckpoint(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Resolve the folder and seal it."""
         super().setup(trainer, pl_module, stage)
-        path = choose(self.resume, self.dirpath, trainer) if stage == "fit" and self.dirpath is not None else None
+        is_fit = stage == "fit" and self.dirpath is not None
+        path = self._open(trainer) if is_fit else None
         # Lightning goes through its list of callbacks while we add to it: they are set up right after us.
-        if stage == "fit" and self.exact and self.dirpath is not None:
+        if is_fit and self.exact:
             _lightning.callbacks_in(trainer).extend(self._companions(trainer, is_resumed=path is not None))
         if self.emergency:
             self._add_guards(trainer)
             StepGuard.of(trainer)
-        if stage != "fit" or self.dirpath is None:
-            return
+        if path is not None:
+            _lightning.resume_from(trainer, path)
+
+    def _open(self, trainer: pl.Trainer) -> str | None:
+        """Seal the folder, sweep it, and choose what of it to go on from."""
+        assert self.dirpath is not None
         self._seals = Seals.of(trainer)
         self._seals.finite_check = self.finite_check
         if is_remote(self.dirpath) and not _lightning.writes_plain_files(trainer.strategy):
@@ -148,9 +153,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._seals.add(self.dirpath, store)
         if self._is_to_sweep(trainer):
             with self._seals.telling():  # the other ranks wait for what this one chooses
-                store.sweep()
-        if path is not None:
-            _lightning.resume_from(trainer, path)
+                sweep(store)
+        return choose(self.resume, self.dirpath, trainer)
 
     def _is_to_sweep(self, trainer: pl.Trainer) -> bool:
         """Whether this rank sweeps the folder: one of each node, for only there is it known which processes are dead.

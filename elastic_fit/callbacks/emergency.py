@@ -161,7 +161,7 @@ def _newest_step(store: CheckpointStore) -> int:
     return max((one.step for one in mine if one.generation == store.generation), default=0)
 
 
-def _one_at_a_time(store: CheckpointStore) -> AbstractContextManager[None]:
+def _one_at_a_time(store: CheckpointStore) -> AbstractContextManager[object]:
     """Hold the folder's lock.
 
     Where the file system has none, or it lies, two survivors may write at once, as they may to an object store; the

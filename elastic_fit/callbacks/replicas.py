@@ -1,10 +1,11 @@
-"""Survivors of a job whose shards have replicas (HSDP): each saves its own shard, and waits for nobody.
+"""Survivors of a job whose shards have replicas (HSDP): each saves its own shard, and depends on nobody.
 
 A *replica group* is ranks that together hold each shard once; ranks that hold the same shard, one in each group, are
 equal after every optimizer step. When a rank dies, each survivor leaves its shard in a folder that is that step's:
 those that hold the same one in turn, and only where it isn't there yet. Whoever finds all shards there puts them
-together and commits. So it doesn't matter who survives, as long as somebody does for every shard, at the same step.
-Survivors that are a step apart leave theirs in different folders, and the newest step that is whole wins.
+together and commits, and the next one does if it dies over that. So it doesn't matter who survives, as long as somebody
+does for every shard, at the same step. Survivors that are a step apart leave theirs in different folders, and the
+newest step that is whole wins.
 
 So that survivors of one group never are, its ranks take each optimizer step together or not at all.
 
@@ -75,6 +76,8 @@ class Replicas:
         meeting = Meeting(store, name, self.token)
         shards, rest = _sharded.divide(checkpoint)
         twice_if_it_may_pass(lambda: self._leave(shards, meeting, facts.step))
+        # So that whoever is the last to leave its shard isn't the only one who finds them all.
+        meeting.wait_for_writers()
         parts, size = meeting.parts(), None
         if lacking := missing(self.holders, parts):
             log.warning("elastic-fit: shards of step %d that nobody has saved yet: %s", facts.step, lacking)
@@ -166,5 +169,8 @@ def _put_together(meeting: Meeting, parts: Mapping[int, Left], rest: Mapping[str
             pickle.dump(_sharded.merge([_sharded.read_index(path) for path in indexes]), file)
         with staged.open_part(_sharded.REST) as file:
             torch.save(rest, file)  # type: ignore[arg-type]
-        with meeting.moved(shards, staged):
-            return staged.commit(facts, parts=shards.values()).manifest.total_bytes
+        shared = meeting.add(shards, staged)
+        size = staged.commit(facts, parts=shared).manifest.total_bytes
+        # What has two names is believed by nobody: one of them has to go.
+        meeting.clear()
+        return size

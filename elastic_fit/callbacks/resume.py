@@ -1,14 +1,18 @@
-"""Choosing what to go on from without the launcher."""
+"""Sweeping, and choosing what to go on from, without the launcher."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError
-from elastic_fit.supervisor.store import is_remote, latest_valid, local_path, verify
+from elastic_fit.supervisor.store import CheckpointStore, is_remote, latest_valid, local_path, verify
+from elastic_fit.supervisor.store.parts import unfinished
+
+log = logging.getLogger("elastic_fit")
 
 
 def choose(
@@ -32,6 +36,20 @@ def choose(
     if refusal:
         raise NoValidCheckpoint(refusal, hint="move the folder away to start over, or give resume= a checkpoint")
     return path
+
+
+def sweep(store: CheckpointStore) -> None:
+    """Remove what interrupted saves have left, and say what is lost with it: shards that never came together.
+
+    Raises StorageError where the folder can't be read.
+    """
+    lost = [] if is_remote(store.root) else unfinished(store.root)
+    store.sweep()
+    safe = max((one.manifest.step for one in store.valid()), default=0) if lost else 0
+    newer = [one for one in lost if one.step > safe]
+    if newer:
+        why = "; ".join(one.why for one in newer)
+        log.warning("elastic-fit: %d steps since step %d are lost: %s", newer[0].step - safe, safe, why)
 
 
 def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | None]:

@@ -239,3 +239,15 @@ def test_a_training_without_a_launcher_sweeps_after_one_that_died(tmp_path: Path
     dead.write_bytes(b"half of a save")
     trainer(tmp_path, ElasticCheckpoint(dirpath=tmp_path, every_n_train_steps=4), max_epochs=1).fit(Line())
     assert not dead.exists()
+
+
+def test_a_checkpoint_that_one_that_died_has_left_a_second_name_of_is_gone_on_from(tmp_path: Path) -> None:
+    trainer(tmp_path, ElasticCheckpoint(dirpath=tmp_path, every_n_train_steps=4), max_epochs=1).fit(Line())
+    saved = latest_valid(tmp_path).chosen
+    assert saved is not None
+    left = CheckpointStore(tmp_path).stage("step=9.ckpt").path
+    os.link(saved.path, left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")))
+    assert latest_valid(tmp_path).chosen is None
+    again = trainer(tmp_path, ElasticCheckpoint(dirpath=tmp_path, resume="auto"), max_epochs=2)
+    again.fit(Line())
+    assert again.ckpt_path == str(saved.path)

@@ -8,7 +8,9 @@ import itertools
 import json
 import multiprocessing as mp
 import os
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -18,11 +20,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from elastic_fit import ElasticCheckpoint
 from elastic_fit.callbacks import replicas
 from elastic_fit.callbacks.replicas import Replicas
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Disk, Facts, SaveFailed, verify
 from elastic_fit.supervisor.store.parts import Meeting, Unfinished, unfinished
+from tests.agent.harness import wait_until
+from tests.checkpoint.models import Line, trainer
 from tests.store.disks import CountingDisk, FailingAt, InterruptedAt, Killed, KilledAt
 
 NAME, TOKEN = "step=5.ckpt", "0123abcd"
@@ -62,7 +67,7 @@ def test_whoever_comes_after_the_checkpoint_was_committed_leaves_nothing_behind(
 
 def each_on_its_own_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody sees the lock of another's folder, as may be on a network file system."""
-    monkeypatch.setattr("elastic_fit.supervisor.store.parts.locked", lambda folder: contextlib.nullcontext())
+    monkeypatch.setattr("elastic_fit.supervisor.store.parts.locked", lambda folder: contextlib.nullcontext(False))
 
 
 def test_whoever_comes_while_the_shards_are_put_together_changes_nothing(
@@ -106,6 +111,72 @@ def test_a_late_writer_on_another_host_writes_into_no_folder_that_anybody_commit
     assert hidden(root) == []
 
 
+class DiesOverTheCommit(CountingDisk):
+    """Its process does not leave its shard before another one has, and dies with all shards in its hands."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.is_at_it = threading.Event()
+
+    def before(self, number: int, operation: str) -> None:
+        if operation == "rename":
+            self.is_at_it.set()
+            wait_until(lambda: list(self.root.glob(".*.part-*")))
+        if operation == "link":
+            raise Killed
+
+
+def test_whoever_has_left_its_shard_waits_for_one_that_is_at_it_and_stands_in_for_it(memory: Path) -> None:
+    root = memory / "fit-1"
+    disk = DiesOverTheCommit(root)
+    with ThreadPoolExecutor() as threads:
+        dying = threads.submit(save, 0, root, disk)
+        assert disk.is_at_it.wait(20)
+        assert save(1, root) is not None
+        assert isinstance(dying.exception(), Killed | None)
+    assert_whole(root, memory / "whole.pt")
+    assert hidden(root) == []
+
+
+class NoFileInTwoFolders(Disk):
+    """As some network file systems are."""
+
+    def link(self, source: Path, target: Path) -> None:
+        if source.parent != target.parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        super().link(source, target)
+
+
+def test_where_no_file_can_be_in_two_folders_the_shards_are_copied(memory: Path) -> None:
+    root = memory / "fit-1"
+    save(0, root)
+    (written,) = root.glob(".*.part-*/*.distcp")
+    good = written.read_bytes()
+    written.write_bytes(good[:-1] + b"?")
+    with pytest.raises(StorageError, match="is not what its record says"):
+        save(1, root, NoFileInTwoFolders())
+    written.write_bytes(good)
+    assert save(1, root, NoFileInTwoFolders()) is not None
+    assert_whole(root, memory / "whole.pt")
+    assert hidden(root) == []
+
+
+def test_a_checkpoint_whose_shards_were_not_cleared_away_is_whole_once_they_are_swept(memory: Path) -> None:
+    counting = CountingDisk()
+    save(0, memory / "counted")
+    save(1, memory / "counted", counting)
+    committed = len(counting.done) - counting.done[::-1].index("rename")
+    root = memory / "fit-1"
+    save(0, root)
+    with pytest.raises(Killed):
+        save(1, root, KilledAt(committed + 1))
+    assert unfinished(root)
+    CheckpointStore(root, generation=1).sweep()
+    assert_whole(root, memory / "whole.pt")
+    assert hidden(root) == []
+
+
 FAULTS: dict[str, Callable[[int], CountingDisk]] = {
     "an I/O error": lambda number: FailingAt(number, errno.EIO),
     "a full disk": lambda number: FailingAt(number, errno.ENOSPC),
@@ -133,6 +204,7 @@ def test_what_goes_wrong_at_any_operation_leaves_a_valid_checkpoint_or_tells_wha
                 assert_whole(root, memory / "whole.pt")
             else:
                 assert told, where
+                assert len(ranks) == 2, f"{where}: nobody has come whom the disk would have taken the shards of"
                 assert fault != "an I/O error", where
                 assert not (root / NAME).exists(), where
 
@@ -203,17 +275,43 @@ def test_parts_are_found_by_who_sweeps_and_by_nobody_who_looks_for_checkpoints(t
     assert unfinished(tmp_path) == []
 
 
-def test_a_claim_is_swept_once_its_holder_is_dead_whoever_the_others_are(tmp_path: Path) -> None:
+def test_without_a_launcher_it_is_told_as_well_what_never_came_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "checkpoints"
+    save(1, root)
+    (left,) = root.glob(".*")
+    left.rename(left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")))
+    trainer(tmp_path, ElasticCheckpoint(dirpath=root, resume="auto"), max_epochs=1).fit(Line())
+    why = "of the 2 shards of step 5 nobody has left shard 0 (held by ranks 0, 2 and 4)"
+    assert f"5 steps since step 0 are lost: {why}" in caplog.text
+    assert hidden(root) == []
+
+
+def test_a_claim_whose_holder_is_dead_is_taken_over_on_its_host_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = CheckpointStore(tmp_path)
     holder = mp.get_context("fork").Process(target=claim_and_die, args=(tmp_path,))
     holder.start()
     holder.join()
-    with Meeting(store, NAME, TOKEN).claimed() as is_mine:
-        assert not is_mine
-    assert store.leftovers() == store.sweep() == [f".{NAME}.claim-0-{TOKEN}"]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("elastic_fit.supervisor.store.disk._host", lambda: "0a0b0c0d")
+        with Meeting(store, NAME, TOKEN).claimed() as is_mine:
+            assert not is_mine
+        assert store.leftovers() == []
+    assert store.leftovers() == [f".{NAME}.claim-0-{TOKEN}"]
     with Meeting(store, NAME, TOKEN).claimed() as is_mine:
         assert is_mine
         assert store.sweep() == []
+    assert hidden(tmp_path) == []
+
+
+def test_a_claim_is_swept_once_its_holder_is_dead_whoever_the_others_are(tmp_path: Path) -> None:
+    holder = mp.get_context("fork").Process(target=claim_and_die, args=(tmp_path,))
+    holder.start()
+    holder.join()
+    assert CheckpointStore(tmp_path).sweep() == [f".{NAME}.claim-0-{TOKEN}"]
     assert hidden(tmp_path) == []
 
 

@@ -261,7 +261,33 @@ def test_a_rescue_leaves_out_what_a_forward_pass_under_way_has_done_to_the_stati
     assert state(outcome.run, 5, tmp_path)["parameters"]["layer.1.num_batches_tracked"] == 5
 
 
-def test_a_survivor_that_dies_over_putting_the_shards_together_is_told_with_what_it_cost(elastic: Elastic) -> None:
+def test_a_survivor_that_dies_over_putting_the_shards_together_leaves_that_to_the_next(elastic: Elastic) -> None:
+    """All have left their shards by then, and none has gone."""
+    more = """
+    from elastic_fit.callbacks import _sharded
+    from elastic_fit.callbacks.replicas import Replicas
+    def leave(self, *args, leave=Replicas._leave):
+        leave(self, *args)
+        touch("left")
+        wait_for("left", (0, 1, 2))
+    Replicas._leave = leave
+    def merge(indexes, merge=_sharded.merge):
+        if not (HERE / "first").exists():
+            (HERE / "first").touch()
+            die()
+        return merge(indexes)
+    _sharded.merge = merge
+    """
+    outcome = run(elastic, "forward", 3, "--checkpoint-steps", "3", more=textwrap.dedent(more))
+    assert outcome.code == 0, outcome.said
+    assert (outcome.run.parent / "first").exists()
+    assert len([one for one in outcome.events("worker_exit") if one["signal"] == "SIGKILL"]) == 2
+    assert [one["step"] for one in outcome.events("rescue")] == [5]
+    assert sum(one["steps"] for one in outcome.events("steps_repeated")) == 0
+    assert not list((outcome.run / "checkpoints" / "fit-1").glob(".*"))
+
+
+def test_survivors_that_all_die_over_putting_the_shards_together_are_told_with_what_it_cost(elastic: Elastic) -> None:
     more = """
     from elastic_fit.callbacks import _sharded
     _sharded.merge = lambda indexes: die()

@@ -128,16 +128,19 @@ def remove_tree(path: Path, disk: Disk) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which the kernel lets go of where its holder dies.
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which the kernel lets go of where its holder dies; whether there is one.
 
-    Nothing may depend on it: some file systems have none, and on others each host has its own.
+    Some file systems have none, and on others each host has its own: it says nothing of processes on other hosts.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):
+        is_locked = True
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            is_locked = False
+        yield is_locked
     finally:
         os.close(descriptor)
 
@@ -156,6 +159,8 @@ class Token:
     """The part of a name that tells who has given it."""
 
     generation: int
+    is_local: bool
+    """Whether the process is, or was, one of this host."""
     writer_is_dead: bool
     """Whether it is certain that the process is gone."""
 
@@ -165,8 +170,9 @@ class Token:
         found = _TOKEN.fullmatch(text)
         if found is None:
             return None
-        dead = found["host"] == _host() and not psutil.pid_exists(int(found["pid"]))
-        return cls(generation=int(found["generation"]), writer_is_dead=dead)
+        is_local = found["host"] == _host()
+        is_dead = is_local and not psutil.pid_exists(int(found["pid"]))
+        return cls(generation=int(found["generation"]), is_local=is_local, writer_is_dead=is_dead)
 
     def is_nobodys(self, generation: int) -> bool:
         """Whether what has this name may be swept by `generation`, which holds the run."""

@@ -1,12 +1,13 @@
-"""A checkpoint that is put together from parts, whose writers don't wait for one another.
+"""A checkpoint that is put together from parts, none of whose writers depends on another one.
 
 Survivors of a job don't know who else is alive. So each writes its part into a hidden folder of its own, gives that
 the name of a part when it is durable, and looks whether it was the last one that was missing. Whoever finds all of
-them claims them, moves their files into a folder of its own, and commits that. Nobody ever writes into a folder that
-another one writes into or commits.
+them claims them, has their files in a folder of its own as well, and commits that. Nobody ever writes into a folder
+that another one writes into or commits, and the parts stay as they are until there is a checkpoint.
 
-The claim is one name that all of them know, and whoever makes it holds it: until there is a checkpoint, or until the
-parts are again as they were. So whoever gets it looks first whether the checkpoint is there by now.
+The claim is one name that all of them know, and whoever makes it holds it until it is done. Those on the same node wait
+for that, and look whether the checkpoint is there by now: if not, the next one takes the claim. On another node nobody
+can tell whether its holder still lives.
 
 All names are in the checkpoint's folder: on a network file system, whoever has changed a folder sees what others had
 changed in it before. Each tells whose it is, as those of all that is being written do, and is swept by the same rule.
@@ -19,6 +20,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from elastic_fit.supervisor.store.disk import (
     CLAIM,
     PART,
     TEMPORARY,
+    Token,
     exists,
     hidden_path,
     locked,
@@ -124,9 +127,7 @@ class Meeting:
         with staged.failing():
             make_folders(self._store.root, self._disk)
             check_folder(self._store.root)
-            for other in self._folders(TEMPORARY, shard):
-                with contextlib.suppress(FileNotFoundError), locked(other):
-                    pass
+            self.wait_for_writers(shard)
             is_wanted = not exists(self._claim) and shard not in self.parts()
         if not is_wanted:
             yield None
@@ -164,47 +165,63 @@ class Meeting:
                 found.setdefault(part.shard, Left(folder=folder, part=part))
         return found
 
+    def wait_for_writers(self, shard: int | None = None) -> None:
+        """Come back when whoever is writing a shard, or that one, has left it or is dead, as far as locks reach."""
+        for folder in self._folders(TEMPORARY, shard):
+            with contextlib.suppress(FileNotFoundError), locked(folder):
+                pass
+
     @contextlib.contextmanager
     def claimed(self) -> Iterator[bool]:
-        """Whether the parts are this process's, meanwhile: of all that ask at once, they are of one.
+        """Whether the parts are this process's, meanwhile: of all that ask at once, they are of one at a time.
 
-        Whoever gets them commits, or leaves them as they are. Raises SaveFailed where the disk refuses.
+        Raises SaveFailed where the disk refuses.
         """
-        try:
-            self._disk.symlink(new_token(self._store.generation), self._claim)
-        except FileExistsError:
-            is_mine = False
-        except OSError as error:
-            raise SaveFailed(self._store.root / self._name, error) from error
-        else:
-            is_mine = True
-        try:
-            yield is_mine
-        finally:
-            if is_mine:
-                with contextlib.suppress(OSError):  # the next sweep does it
-                    self._disk.unlink(self._claim)
+        with locked(self._store.root) as is_locked:
+            try:
+                if is_locked:
+                    self._take_from_the_dead()
+                self._disk.symlink(new_token(self._store.generation), self._claim)
+            except FileExistsError:
+                is_mine = False
+            except OSError as error:
+                raise SaveFailed(self._store.root / self._name, error) from error
+            else:
+                is_mine = True
+            try:
+                yield is_mine
+            finally:
+                if is_mine:
+                    with contextlib.suppress(OSError):  # the next one does it, or the next sweep
+                        self._disk.unlink(self._claim)
 
-    @contextlib.contextmanager
-    def moved(self, files: Mapping[Path, FileEntry], staged: Staged) -> Iterator[None]:
-        """Files of parts, moved into what is staged; back where they were if what follows fails.
+    def _take_from_the_dead(self) -> None:
+        """End the claim of a process of this node that doesn't hold the lock any more."""
+        with contextlib.suppress(FileNotFoundError):  # nobody has claimed them, or not any more
+            token = Token.parse(os.readlink(self._claim))
+            if token is not None and token.is_local:
+                self._disk.unlink(self._claim)
+
+    def add(self, files: Mapping[Path, FileEntry], staged: Staged) -> list[FileEntry]:
+        """Have files of parts, which stay as they are, in what is staged as well; returns those it hasn't written.
 
         Raises StorageError where one is not what its record says, or the disk refuses.
         """
-        done: list[tuple[Path, Path]] = []
-        try:
-            with staged.failing():
-                for path, entry in files.items():
-                    if (size := path.stat().st_size) != entry.size:
-                        raise StorageError(f"{path} has {size} bytes, its record says {entry.size}")
-                    self._disk.rename(path, staged.path / entry.path)
-                    done.append((staged.path / entry.path, path))
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):  # their records still say what is lost
-                for path, back in reversed(done):
-                    self._disk.rename(path, back)
-            raise
+        shared = []
+        with staged.failing():
+            for path, entry in files.items():
+                if (size := path.stat().st_size) != entry.size:
+                    raise StorageError(f"{path} has {size} bytes, its record says {entry.size}")
+                try:
+                    self._disk.link(path, staged.path / entry.path)
+                except OSError:  # not every file system has a file in two folders
+                    with path.open("rb") as source, staged.open_part(entry.path) as copy:
+                        shutil.copyfileobj(source, copy)
+                    if copy.entry() != entry:
+                        raise StorageError(f"{path} is not what its record says") from None
+                else:
+                    shared.append(entry)
+        return shared
 
     def clear(self) -> None:
         """Remove what has been left: it is in the checkpoint."""
