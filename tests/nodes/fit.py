@@ -19,12 +19,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 SAMPLES, SEED = 100_000, 7
 VALIDATE_EVERY = int(os.environ.get("VALIDATE_EVERY", "0"))
-SHARDED = bool(os.environ.get("SHARDED"))
+SHARDED = os.environ.get("SHARDED", "")
+"""`all`: each rank holds a shard of its own. `pairs`: of four ranks, two hold the same ones as the other two."""
 
 
 def note(trainer: pl.Trainer, name: str, **facts: Any) -> None:
@@ -44,6 +46,13 @@ def hold(trainer: pl.Trainer, place: str) -> None:
         time.sleep(0.05)
 
 
+def pairs() -> DeviceMesh:
+    """Groups of two ranks that hold all shards together, where they can be formed."""
+    world = int(os.environ["WORLD_SIZE"])
+    shards = 2 if world % 2 == 0 else world
+    return init_device_mesh("cpu", (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
 class Counter(pl.LightningModule):
     """Its parameters count the steps: all of them are equal."""
 
@@ -54,7 +63,7 @@ class Counter(pl.LightningModule):
 
     def configure_model(self) -> None:
         if SHARDED:
-            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"] if SHARDED == "all" else pairs())
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         note(self.trainer, "samples", step=self.trainer.global_step + 1, samples=batch.tolist())

@@ -32,15 +32,34 @@ def test_nodes_of_different_sizes_keep_their_ranks_and_tell_the_same(hosts: Clus
 
 def test_sharded_parameters_are_dealt_out_anew_over_the_nodes_that_are_left_and_those_that_come(hosts: Cluster) -> None:
     flags = ("--checkpoint-steps", "10")
-    started = [hosts.launch(host, flags=flags, SHARDED="1") for host in ("h1", "h2", "h3")]
+    started = [hosts.launch(host, flags=flags, SHARDED="all") for host in ("h1", "h2", "h3")]
     hosts.wait_until(lambda: hosts.trains_with(3))
     hosts.wait_until(lambda: hosts.events("save"))
     killed = time.time()
     hosts.kill_host("h3")
     hosts.wait_until(lambda: hosts.trains_with(2, after=killed))
     came = time.time()
-    newcomer = hosts.launch("h4", flags=flags, SHARDED="1")
+    newcomer = hosts.launch("h4", flags=flags, SHARDED="all")
     hosts.wait_until(lambda: hosts.trains_with(3, after=came))
     # A dead node takes its shards with it: the steps since the last checkpoint are done again.
     assert_it_ends_well(hosts, *started[:2], newcomer, repeats=True)
     assert len(hosts.repeated()) <= 10
+
+
+@pytest.mark.parametrize(("names", "workers"), [(("h1", "h2"), 2), (("h1", "h2", "h3", "h4"), 1)], ids=["2x2", "4x1"])
+def test_shards_of_a_host_that_died_are_saved_by_those_that_hold_the_same_and_no_step_is_done_twice(
+    hosts: Cluster, names: tuple[str, ...], workers: int
+) -> None:
+    """On two hosts, each holds all shards; on four, the dead one's shard is on one of the other three."""
+    flags = ("--nproc-per-node", str(workers))
+    started = {host: hosts.launch(host, flags=flags, SHARDED="pairs") for host in names}
+    hosts.wait_until(lambda: hosts.trains_with(4))
+    dies = hosts.roster().members[0].name
+    killed = time.time()
+    hosts.kill_host(dies)
+    hosts.wait_until(lambda: hosts.trains_with(4 - workers, after=killed))
+    assert [event["shard"] for event in hosts.events("rescue_part")] in ([0, 1], [1, 0])
+    assert len(hosts.events("rescue")) == 1
+    assert hosts.events("no_rescue") == []
+    assert_it_ends_well(hosts, *(one for host, one in started.items() if host != dies))
+    assert hosts.worlds() == [4, 4 - workers]
