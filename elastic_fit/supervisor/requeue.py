@@ -27,7 +27,7 @@ class Interruption(str, Enum):
     CRASH = "crash"
     """It ended without a word: a node was lost, or all was killed at once."""
     OPERATOR = "operator"
-    """Somebody asked for it, and is not to be contradicted."""
+    """Somebody asked for it, and is not to be contradicted; or the scheduler, without saying why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def decide_requeue(
         history: the earlier starts, oldest first.
         step: optimizer steps that are durable now.
     """
-    if cause is Interruption.OPERATOR:
+    if cause is Interruption.OPERATOR and (scheduler is None or scheduler.is_running):
         return Leave(why="somebody asked for this stop", hint="submit the job again to go on")
     if scheduler is None:
         return Leave(

@@ -23,7 +23,7 @@ from elastic_fit.supervisor import watch
 
 NODES = 8
 GRACE_S = 20
-"""What a preempted job has left."""
+"""What a preempted job has left, but for one of the partition `abrupt`."""
 KILL_WAIT_S = 10
 NODE_SILENCE_S = 10
 """A node that does not answer for so long is down."""
@@ -69,6 +69,7 @@ MinJobAge=3600
 BatchStartTimeout=10
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1 RealMemory=4000 State=UNKNOWN
 PartitionName=low  Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} DefaultTime=10 State=UP
+PartitionName=abrupt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 DefaultTime=10 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF DefaultTime=10 State=UP
 """
 CGROUP = "CgroupPlugin=cgroup/v1\nCgroupMountpoint={folder}/none\n"

@@ -217,6 +217,7 @@ def test_job_that_slurm_ends_while_it_misses_a_node_has_crashed() -> None:
     ("cause", "scheduler", "why"),
     [
         (Interruption.OPERATOR, RUNNING, "asked for"),
+        (Interruption.OPERATOR, Scheduler(is_running=False), "itself"),
         (Interruption.TIMEOUT, None, "can't be asked"),
         (Interruption.TIMEOUT, Scheduler(is_running=True, is_batch=False), "interactive"),
         (Interruption.TIMEOUT, Scheduler(is_running=True, may_requeue=False), "--requeue"),

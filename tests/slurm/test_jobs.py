@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -31,21 +32,19 @@ def timed(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         slurm.command("scancel", "--quiet", story.job)
 
 
+def preempt(story: Story) -> str:
+    """Submit a job that takes the story's nodes; returns its id."""
+    where = (f"--nodes={len(story.nodes)}", f"--nodelist={','.join(story.nodes)}", "--exclusive")
+    urgent = ("sbatch", "--parsable", "--partition=high", *where, "--output=/dev/null", "--wrap=sleep 1")
+    return story.slurm.command(*urgent).strip()
+
+
 @pytest.mark.usefixtures("timed")
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_preempted_job_saves_in_its_grace_goes_back_once_and_finishes(story: Story, nodes: int) -> None:
     story.submit(f"--nodes={nodes}", "--time=10", steps=200)
     story.wait_until(lambda: story.trains(world=nodes))
-    urgent = story.slurm.command(
-        "sbatch",
-        "--parsable",
-        "--partition=high",
-        f"--nodes={nodes}",
-        f"--nodelist={','.join(story.nodes)}",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=sleep 1",
-    ).strip()
+    urgent = preempt(story)
     story.finish()
     story.assert_each_step_once(200)
     assert story.causes() == [None, "preemption"]
@@ -53,6 +52,35 @@ def test_preempted_job_saves_in_its_grace_goes_back_once_and_finishes(story: Sto
     assert story.restarts == 1
     assert all(0 < stop["deadline_s"] < GRACE_S for stop in story.events("stop_requested")), "what SLURM leaves"
     assert story.slurm.job(urgent)["JobState"] == "COMPLETED"
+
+
+def test_job_that_is_preempted_without_a_grace_saves_within_kill_wait_and_is_put_back_by_slurm(story: Story) -> None:
+    story.submit("--nodes=2", "--partition=abrupt", steps=200)
+    story.wait_until(lambda: story.trains(world=2))
+    preempt(story)
+    story.finish()
+    story.assert_each_step_once(200)
+    assert story.causes() == [None, "operator"], "SLURM says the same of it as of scontrol requeue"
+    assert story.requeues() == [("leave", "operator")]
+    assert "puts it back itself" in story.text()
+    assert story.restarts == 1
+
+
+def test_save_that_kill_wait_is_too_short_for_costs_the_steps_since_the_checkpoint_before(story: Story) -> None:
+    story.submit("--nodes=1", "--partition=abrupt", "--checkpoint-steps=20", steps=200)
+    story.wait_until(lambda: story.events("save"))
+    (story.folder / "hold-save").touch()
+    held = {process.pid for process in story.slurm.processes(story.nodes[0])}
+    preempt(story)
+    story.wait_until(lambda: not {process.pid for process in story.slurm.processes()} & held)
+    (story.folder / "hold-save").unlink()
+    story.finish()
+    twice = [step for step, times in Counter(step["step"] for step in story.steps()).items() if times > 1]
+    assert 0 < len(twice) <= 20, "what was done since the last checkpoint, and no more"
+    assert {step["step"] for step in story.steps()} == set(range(1, 201))
+    assert all(step["count"] == step["step"] for step in story.steps()), "the parameter counts the steps"
+    assert story.causes() == [None, "crash"]
+    assert story.restarts == 1
 
 
 def test_job_that_an_operator_requeues_saves_and_leaves_the_requeue_to_slurm(story: Story) -> None:
