@@ -222,7 +222,7 @@ class Keeper:
             beat_age_s=self._contact.pulse.still_s(node, self._clock()),
             ready_for=state.get("ready"),
             waited_s=now - known.ready_since_s,
-            reaches_arbiter=bool(state.get("arbiter", True)),
+            reaches_arbiter_s=now - known.arbiter_since_s if state.get("arbiter") else 0.0,
             refusal=self.told.get(node),
         )
 

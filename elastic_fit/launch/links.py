@@ -41,6 +41,8 @@ class Contacted:
     state: dict[str, Any] | None = None
     """Its newest message; None until there was one."""
     ready_since_s: float = 0.0
+    arbiter_since_s: float = 0.0
+    """Since when it says that it reaches the arbiter, if it does."""
     refusal: str | None = None
     dialing: _Connection | None = None
     """The attempt to reach it that is under way."""
@@ -257,6 +259,8 @@ class Links:
         state = dict(message["state"])
         if state.get("ready") is not None and (peer.state or {}).get("ready") is None:
             peer.ready_since_s = now
+        if state.get("arbiter") and not (peer.state or {}).get("arbiter"):
+            peer.arbiter_since_s = now
         peer.state = state
 
     def _greet(self, connection: _Connection, message: dict[str, Any], now: float) -> None:

@@ -164,7 +164,8 @@ def _is_cut_off(view: View) -> bool:
         return True
     # All were linked just now, so no other round can form behind this node's back yet: a short outage is nobody's loss,
     # and a peer that goes meanwhile is one like any other. There is time to save what its loss would cost.
-    return view.arbiter_age_s >= 2 * bounds.silence_s and any(peer.reaches_arbiter for peer in near)
+    # An arbiter that is back is not back for all in the same moment: it counts from when somebody reaches it.
+    return any(min(view.arbiter_age_s, peer.reaches_arbiter_s) >= 2 * bounds.silence_s for peer in near)
 
 
 def _opening(view: View, version: int, round_: int, generation: int) -> Roster:

@@ -63,8 +63,8 @@ class Peer:
     """The round that it can go into: it waits and has no workers running. See `next_round`."""
     waited_s: float = 0.0
     """Since it said that it is ready."""
-    reaches_arbiter: bool = True
-    """What it says of itself."""
+    reaches_arbiter_s: float = 0.0
+    """For how long it has said that it reaches the arbiter; 0 if it says that it doesn't."""
     refusal: str | None = None
     """Why it can't be part of this job."""
 

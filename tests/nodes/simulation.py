@@ -55,6 +55,8 @@ class Heard:
     refused: bool = False
     counter: int = -1
     counter_since: float = 0.0
+    arbiter_since: float | None = None
+    """Since when it says that it reaches the arbiter, if it does."""
 
 
 class Host:
@@ -152,6 +154,10 @@ class Host:
             if heard.ready_for is None and other.ready_for is not None:
                 heard.ready_since = world.now
             heard.ready_for = other.ready_for
+            if world.now - other.arbiter_last >= world.bounds.fence_s:
+                heard.arbiter_since = None
+            elif heard.arbiter_since is None:
+                heard.arbiter_since = world.now
         elif heard.refused or world.now - heard.last > world.bounds.silence_s:
             heard.up = False
         if other is not None and self.node not in world.blind and other.counter != heard.counter:
@@ -200,7 +206,7 @@ class Host:
             beat_age_s=now - heard.counter_since if heard.counter >= 0 else now - heard.since,
             ready_for=heard.ready_for,
             waited_s=now - heard.ready_since,
-            reaches_arbiter=name not in self.world.blind,
+            reaches_arbiter_s=now - heard.arbiter_since if heard.arbiter_since is not None else 0.0,
         )
 
     def _act(self, move: Move) -> None:

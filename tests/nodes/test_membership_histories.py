@@ -144,6 +144,28 @@ def test_arbiter_that_is_down_for_everybody_stops_nobody() -> None:
     world.run_until(lambda w: w.trains_with(2), 30)
 
 
+def test_arbiter_that_is_back_for_one_before_the_other_stops_nobody() -> None:
+    world = formed(1, 4, NAMES[:3])
+    nodes = {host.node for host in world.living()}
+    world.blind = set(nodes)
+    world.run(60, check_truths)
+    first = min(nodes)
+    world.blind.remove(first)
+    world.run(5, check_truths)
+    world.blind.clear()
+    world.run(30, check_truths)
+    assert [len(roster.members) for roster in world.cell.history if roster.phase is Phase.RUNNING] == [3]
+    assert world.trains_with(3)
+
+
+def test_node_that_alone_cannot_reach_the_arbiter_is_fenced_off_though_all_hear_it() -> None:
+    world = formed(1, 4, NAMES[:3])
+    alone = world.named("h1")
+    assert alone is not None
+    world.blind.add(alone.node)
+    world.run_until(lambda w: not alone.training, 10)
+
+
 def test_node_that_comes_and_goes_is_put_off_and_the_others_train_meanwhile() -> None:
     world = formed(1, 4, NAMES[:2])
     for _ in range(3):
