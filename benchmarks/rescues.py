@@ -2,18 +2,22 @@
 
     python -m benchmarks.rescues --kills 100 --results rescues.jsonl
     python -m benchmarks.rescues --kills 100 --strategy hsdp --results rescues.jsonl
+    python -m benchmarks.rescues --kills 100 --strategy hsdp --deaths 2 --results rescues.jsonl
     python -m benchmarks.rescues --table rescues.jsonl
 
 It goes on where the results end. Runs of 20 kills each, under the launcher, with two ranks (DDP) or four (HSDP: two
 groups of two), a validation every 10 steps, no checkpoint by time or steps: killed again each time that training is
 back, after a random part of half a second. What a kill costs is what the ledger says of it: the highest step that any
 rank had completed, less the step that the run went on from. The results also say why shards never came together.
+
+With two deaths the other rank of the victim's replica group is killed as well, within 0.3 s: while survivors save.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -22,6 +26,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,11 +39,13 @@ from elastic_fit.supervisor.ledger import read
 
 KILLS_A_RUN = 20
 RANKS = {"ddp": "2", "hsdp": "4"}
-Row = tuple[str, int]
-"""A strategy, and how long a step takes in milliseconds."""
+SECOND_S = 0.3
+"""Within which a second rank dies."""
+Row = tuple[str, int, int]
+"""A strategy, how long a step takes in milliseconds, and how many ranks die at a time."""
 
 
-def strike(run: Path, kills: int, draw: random.Random, ended: threading.Event) -> None:
+def strike(run: Path, kills: int, deaths: int, draw: random.Random, ended: threading.Event) -> None:
     """Kill so many times, each time that training goes on, then ask the run to stop."""
     for number in range(kills + 1):
         events = []
@@ -50,18 +57,29 @@ def strike(run: Path, kills: int, draw: random.Random, ended: threading.Event) -
             return
         pids = [one for one in events if one.event == "workers_started"][-1]["pids"]
         if number < kills:
-            os.kill(draw.choice(list(pids.values())), signal.SIGKILL)
+            kill(list(pids.values()), deaths, draw)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def play(kills: int, strategy: str, pause_ms: int, seed: int) -> tuple[list[int], list[str]]:
+def kill(pids: list[int], deaths: int, draw: random.Random) -> None:
+    """Kill one rank, or it and then the other one of its group; `pids` are those of ranks 0, 1, ..."""
+    victim = draw.randrange(len(pids))
+    victims = [os.pidfd_open(pids[rank]) for rank in (victim, victim ^ 1)[:deaths]]
+    for number, process in enumerate(victims):
+        time.sleep(draw.uniform(0.0, SECOND_S) if number else 0.0)
+        with contextlib.suppress(ProcessLookupError):  # the second one may have left by then
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
+
+
+def play(kills: int, strategy: str, pause_ms: int, deaths: int, seed: int) -> tuple[list[int], list[str]]:
     """Steps lost by each of the kills, and why shards never came together."""
     ended = threading.Event()
     with tempfile.TemporaryDirectory(prefix="rescues-") as name:
         run, script = Path(name) / "run", Path(name) / "train.py"
         script.write_text(SCRIPT)
         nursery = Nursery(warm=True)
-        thread = threading.Thread(target=strike, args=(run, kills, random.Random(seed), ended))
+        thread = threading.Thread(target=strike, args=(run, kills, deaths, random.Random(seed), ended))
         thread.start()
         try:
             flags = ["--run-dir", str(run), "--nproc-per-node", RANKS[strategy], "--max-restarts", "1000"]
@@ -81,16 +99,16 @@ def counted(path: Path) -> dict[Row, list[int]]:
     lost: dict[Row, list[int]] = collections.defaultdict(list)
     for line in path.read_text().splitlines() if path.exists() else ():
         record = json.loads(line)
-        lost[record["strategy"], record["pause_ms"]] += record["lost"]
+        lost[record["strategy"], record["pause_ms"], record.get("deaths", 1)] += record["lost"]
     return lost
 
 
 def table(path: Path) -> str:
     """The counts, as a table in Markdown."""
-    lines = ["| strategy | step | kills | cost no step | cost one | most |", "|---|---|---|---|---|---|"]
-    for (strategy, pause_ms), steps in sorted(counted(path).items()):
+    lines = ["| strategy | step | deaths | kills | cost no step | cost one | most |", "|---|---|---|---|---|---|---|"]
+    for (strategy, pause_ms, deaths), steps in sorted(counted(path).items()):
         counts = f"{len(steps)} | {steps.count(0)} | {steps.count(1)} | {max(steps)}"
-        lines.append(f"| {strategy} | {pause_ms} ms | {counts} |")
+        lines.append(f"| {strategy} | {pause_ms} ms | {deaths} | {counts} |")
     return "\n".join(lines)
 
 
@@ -100,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--strategy", choices=RANKS, default="ddp")
     parser.add_argument("--pause-ms", type=int, default=0, help="how long a step sleeps")
+    parser.add_argument("--deaths", type=int, choices=(1, 2), default=1, help="at a time; 2 with hsdp only")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("rescues.jsonl"), help="kills that are there count")
     parser.add_argument("--table", type=Path, help="print the table of these results, and leave")
@@ -107,9 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table:
         print(table(args.table))
         return 0
+    if args.deaths > 1 and args.strategy != "hsdp":
+        parser.error("of two ranks, nobody is left to rescue what two deaths cost")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    row = (args.strategy, args.pause_ms)
+    row = (args.strategy, args.pause_ms, args.deaths)
     while (there := len(counted(args.results)[row])) < args.kills:
         seed = args.seed + there
         lost, why = play(min(KILLS_A_RUN, args.kills - there), *row, seed)
@@ -117,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("the run ended before it was killed", file=sys.stderr)
             return 1
         with args.results.open("a") as file:
-            about = {"strategy": args.strategy, "pause_ms": args.pause_ms, "seed": seed}
+            about = {"strategy": args.strategy, "pause_ms": args.pause_ms, "deaths": args.deaths, "seed": seed}
             file.write(json.dumps({**about, "lost": lost, "why": why}) + "\n")
     print(table(args.results))
     steps = counted(args.results)[row]
