@@ -139,3 +139,46 @@ def test_a_disk_without_room_costs_checkpoints_and_not_the_run(elastic: Elastic,
     expected = "the last save took" if what == "bytes" else "No space left on device"
     assert all(expected in event["error"] for event in failed)
     assert expected in outcome.output()
+
+
+def test_a_worker_whose_descriptors_have_run_out_goes_on_and_saves_again_when_it_has_some(elastic: Elastic) -> None:
+    """Not even the run's generation can be looked up: whether it may still commit, it doesn't know."""
+    outcome = elastic(
+        """
+        import resource
+        taken = []
+
+        class TakesAll(Model):
+            def on_save_checkpoint(self, checkpoint):
+                if self.global_step != 6:
+                    return
+                _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+                try:
+                    while True:
+                        taken.append(os.open(os.devnull, os.O_RDONLY))
+                except OSError as error:
+                    assert error.errno == 24
+
+            def on_train_batch_start(self, batch, batch_idx):
+                while taken:
+                    os.close(taken.pop())
+
+        trainer(max_epochs=1).fit(TakesAll())
+        """,
+        "--checkpoint-steps",
+        "3",
+        "--keep",
+        "9",
+        workers=1,
+    )
+    assert outcome.code == 0, outcome.output()
+    assert outcome.events("worker_exit")[-1]["attempt"] == 0, "no restart was spent"
+    assert outcome.notes("trained") == EVERY_STEP_ONCE
+    (failed,) = outcome.events("save_failed")
+    assert failed["step"] == 6
+    assert failed["error"].endswith("step=6.ckpt: Too many open files")
+    assert {3, 9, 12} <= set(outcome.steps())
+    assert 6 not in outcome.steps()
+    assert f"a save failed: {failed['error']}" in outcome.said
+    assert failed["error"] in outcome.output()

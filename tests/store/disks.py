@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from elastic_fit.supervisor.store import Disk
+from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store import Disk, GenerationFence
 
 
 class Killed(BaseException):
@@ -24,48 +25,61 @@ class CountingDisk(Disk):
     def before(self, number: int, operation: str) -> None:
         """Called before operation `number`, from 1."""
 
-    def _count(self, operation: str) -> None:
+    def count(self, operation: str) -> None:
+        """One operation more."""
         self.done.append(operation)
         self.before(len(self.done), operation)
 
     def create(self, path: Path) -> int:
-        self._count("create")
+        self.count("create")
         descriptor = super().create(path)
         self._paths[descriptor] = path
         return descriptor
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        self._count("write")
+        self.count("write")
         return super().write(descriptor, data)
 
     def sync(self, descriptor: int) -> None:
         self.synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        self._count("sync")
+        self.count("sync")
         super().sync(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        self._count("rename")
+        self.count("rename")
         super().rename(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        self._count("link")
+        self.count("link")
         super().link(source, target)
 
     def symlink(self, text: str, path: Path) -> None:
-        self._count("symlink")
+        self.count("symlink")
         super().symlink(text, path)
 
     def unlink(self, path: Path) -> None:
-        self._count("unlink")
+        self.count("unlink")
         super().unlink(path)
 
     def mkdir(self, path: Path) -> None:
-        self._count("mkdir")
+        self.count("mkdir")
         super().mkdir(path)
 
     def rmdir(self, path: Path) -> None:
-        self._count("rmdir")
+        self.count("rmdir")
         super().rmdir(path)
+
+
+class FenceOn(GenerationFence):
+    """A fence whose tickets are on the same disk: to read them is an operation like any other."""
+
+    def __init__(self, disk: CountingDisk, folder: RunDir, generation: int) -> None:
+        super().__init__(folder, generation)
+        self._disk = disk
+
+    def check(self) -> None:
+        self._disk.count("check")
+        super().check()
 
 
 class KilledAt(CountingDisk):

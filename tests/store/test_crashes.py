@@ -6,6 +6,9 @@ import contextlib
 import errno
 import itertools
 import os
+import resource
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,26 @@ import pytest
 import torch
 
 from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed, verify
 from tests.store.aftermath import Tally
-from tests.store.disks import CountingDisk, FailingAt, Killed, KilledAt, ShortWrites
+from tests.store.disks import CountingDisk, FailingAt, FenceOn, InterruptedAt, Killed, KilledAt, ShortWrites
 from tests.store.stories import STORIES, is_intact, save, store_in
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 
 
-def operations(name: str, folder: Path) -> int:
+def fenced(folder: Path, disk: CountingDisk) -> CheckpointStore:
+    """As a worker's is. To ask the fence is an operation, too."""
+    fence = FenceOn(disk, RunDir(folder), 1)
+    return CheckpointStore(folder / "checkpoints", fence=fence, disk=disk, generation=1)
+
+
+def operations(name: str, folder: Path, store: Callable[[Path, CountingDisk], CheckpointStore] = store_in) -> int:
     """How many operations the story's act takes."""
     disk = CountingDisk()
     STORIES[name].prepare(store_in(folder))
-    STORIES[name].act(store_in(folder, disk))
+    STORIES[name].act(store(folder, disk))
     return len(disk.done)
 
 
@@ -46,13 +56,13 @@ def test_an_error_at_any_operation_is_told_and_loses_nothing(
     name: str, for_good: bool, memory: Path, tally: Tally
 ) -> None:
     story = STORIES[name]
-    for number, error in zip(range(1, operations(name, memory / "whole") + 1), itertools.cycle(ERRORS)):
+    for number, error in zip(range(1, operations(name, memory / "whole", fenced) + 1), itertools.cycle(ERRORS)):
         folder = memory / str(number)
         story.prepare(store_in(folder))
         disk = FailingAt(number, error, for_good=for_good)
         said = "acknowledged"
         try:
-            story.act(store_in(folder, disk))
+            story.act(fenced(folder, disk))
         except StorageError as failure:
             said = failure.message
         assert said == "acknowledged" or os.strerror(error) in said
@@ -65,10 +75,10 @@ def test_an_error_at_any_operation_is_told_and_loses_nothing(
 def test_a_save_that_failed_gives_the_name_back_to_what_had_it(name: str, memory: Path) -> None:
     """A crash may leave it under another name till the next start; an error may not."""
     story = STORIES[name]
-    for number in range(1, operations(name, memory / "whole") + 1):
+    for number in range(1, operations(name, memory / "whole", fenced) + 1):
         folder = memory / str(number)
         story.prepare(store_in(folder))
-        store = store_in(folder, FailingAt(number, errno.EIO))
+        store = fenced(folder, FailingAt(number, errno.EIO))
         with contextlib.suppress(SaveFailed):
             story.act(store)
         assert verify(store.root / "last.ckpt").valid
@@ -78,10 +88,10 @@ def test_a_save_that_failed_gives_the_name_back_to_what_had_it(name: str, memory
 @pytest.mark.parametrize("name", STORIES)
 def test_a_save_that_failed_once_can_be_made_again_by_the_same_process(name: str, memory: Path) -> None:
     story = STORIES[name]
-    for number in range(1, operations(name, memory / "whole") + 1):
+    for number in range(1, operations(name, memory / "whole", fenced) + 1):
         folder = memory / str(number)
         story.prepare(store_in(folder))
-        store = store_in(folder, FailingAt(number, errno.EIO))
+        store = fenced(folder, FailingAt(number, errno.EIO))
         try:
             story.act(store)
         except StorageError:
@@ -90,6 +100,39 @@ def test_a_save_that_failed_once_can_be_made_again_by_the_same_process(name: str
         assert chosen is not None
         assert chosen.manifest.step == story.after
         assert is_intact(chosen)
+
+
+@contextlib.contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """This process can open nothing; what it has open stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_process_whose_descriptors_have_run_out_tells_it_and_loses_nothing(
+    name: str, memory: Path, tally: Tally
+) -> None:
+    """It can't read its fence either, so it commits nothing; and what is told is that, not the fence."""
+    story = STORIES[name]
+    for number in range(1, operations(name, memory / "whole", fenced) + 1):
+        folder = memory / str(number)
+        story.prepare(store_in(folder))
+        (folder / "generations").mkdir(parents=True)
+        said = "acknowledged"
+        with contextlib.ExitStack() as meanwhile:
+            run_out = partial(meanwhile.enter_context, no_descriptors_left())
+            try:
+                story.act(fenced(folder, InterruptedAt(number, run_out)))
+            except StorageError as failure:
+                said = failure.message
+        assert said == "acknowledged" or said.endswith("Too many open files")
+        assert "generations" not in said
+        tally.survive(story, folder, acknowledged=said == "acknowledged")
 
 
 @pytest.mark.parametrize("name", STORIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid, verify
-from elastic_fit.supervisor.errors import FencedOff
+from elastic_fit.supervisor.errors import FencedOff, StorageError
 from elastic_fit.supervisor.store import SUFFIX, CheckpointStore, Facts, SaveFailed, open_store
 from elastic_fit.supervisor.store.manifest import Manifest
 from elastic_fit.supervisor.store.objects import Objects, Upload
@@ -182,6 +183,33 @@ def test_whenever_the_old_leader_wakes_what_the_new_one_has_acknowledged_stays(u
         with pytest.raises(FencedOff):
             act(RemoteStore(url, fence=fence, generation=1))
         assert newest(url) == 9
+
+
+class Unreadable(Fence):
+    """Can't be read at a chosen look."""
+
+    def check(self) -> None:
+        self.looks += 1
+        if self.looks == self._falls_at:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_whenever_the_fence_cannot_be_read_nothing_is_committed_and_that_is_told(url: str, name: str) -> None:
+    act, _ = OLD[name]
+    prepared(url)
+    watched = Fence()
+    act(RemoteStore(url, fence=watched, generation=1))
+    for look in range(1, watched.looks + 1):
+        fsspec.filesystem("memory").store.clear()
+        prepared(url)
+        store = RemoteStore(url, fence=Unreadable(look), generation=1)
+        with pytest.raises(StorageError, match="Stale file handle"):
+            act(store)
+        assert newest(url) == 2
+        store.sweep()
+        act(store)
+        assert newest(url) == (3 if "name" in name else 2)
 
 
 @pytest.mark.parametrize("request_", ["upload", "exists", "put_new", "complete"])

@@ -11,7 +11,7 @@ from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import leftovers
 from elastic_fit.supervisor.store.commit import Staged
 from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, exists, hidden_path, make_folders, remove_tree
-from elastic_fit.supervisor.store.generation import Fence
+from elastic_fit.supervisor.store.generation import Fence, check_whether_replaced
 from elastic_fit.supervisor.store.manifest import SUFFIX, Manifest, check_relative
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.staging import SaveFailed
@@ -176,15 +176,15 @@ class CheckpointStore:
         try:
             leftovers.remove(target, self.disk, self._fence, self.generation)
         except OSError as error:
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise StorageError(f"could not remove {target}: {error.strerror or error}") from error
 
     def link_last(self, name: str, link: str = "last.ckpt") -> None:
         """Point the symlink `link` at a checkpoint, by rename. Raises StorageError where the disk refuses."""
         target = self.root / link
         temporary = hidden_path(target, TEMPORARY, self.generation)
-        self._fence.check()
         try:
+            self._fence.check()
             if exists(target) and not target.is_symlink():
                 self.remove(link)
             self.disk.symlink(name, temporary)
@@ -195,7 +195,7 @@ class CheckpointStore:
                 raise
             self.disk.sync_folder(target.parent)
         except OSError as error:
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise StorageError(f"could not point {target} at {name}: {error.strerror or error}") from error
 
     def sweep(self) -> list[str]:

@@ -64,7 +64,16 @@ class Fence(Protocol):
     """Tells whether this process may still commit."""
 
     def check(self) -> None:
-        """Raise FencedOff where a newer generation has taken the run."""
+        """Raise FencedOff where a newer generation has taken the run, OSError where that can't be told."""
+
+
+def check_whether_replaced(fence: Fence) -> None:
+    """After storage has refused something: raise FencedOff where a newer generation has taken the run.
+
+    A fence that can't be read either is no reason: what was refused first is to be told.
+    """
+    with contextlib.suppress(OSError):
+        fence.check()
 
 
 class GenerationFence:
@@ -75,7 +84,7 @@ class GenerationFence:
         self._generation = generation
 
     def check(self) -> None:
-        """Raise FencedOff where a newer generation has taken the run."""
+        """Raise FencedOff where a newer generation has taken the run, OSError where that can't be told."""
         newest = newest_generation(self._tickets)
         if newest > self._generation:
             raise FencedOff(

@@ -30,7 +30,7 @@ def remove(target: Path, disk: Disk, fence: Fence, generation: int) -> None:
         disk.rename(target, hidden)
     try:
         fence.check()
-    except FencedOff:
+    except (FencedOff, OSError):
         put_back(hidden, target, disk)
         raise
     remove_tree(hidden, disk)

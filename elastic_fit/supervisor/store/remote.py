@@ -27,7 +27,7 @@ import xxhash
 
 from elastic_fit.supervisor.errors import FencedOff, StorageError
 from elastic_fit.supervisor.store.folder import NO_FENCE, Checkpoint, CheckpointStore
-from elastic_fit.supervisor.store.generation import Fence
+from elastic_fit.supervisor.store.generation import Fence, check_whether_replaced
 from elastic_fit.supervisor.store.manifest import (
     MAX_BYTES,
     SUFFIX,
@@ -70,14 +70,17 @@ class ObjectStream(DigestingStream):
             self.upload.give_up()
             return
         try:
-            self._fence.check()
-        except FencedOff:
-            self.upload.give_up()
-            raise
-        try:
+            self._check_fence()
             self._complete()
         except OSError as error:
             self.failure = error
+            raise
+
+    def _check_fence(self) -> None:
+        try:
+            self._fence.check()
+        except (FencedOff, OSError):
+            self.upload.give_up()
             raise
 
     def _complete(self) -> None:
@@ -157,7 +160,7 @@ class RemoteStaged(Staging[Url]):
         """A newer generation may have come between the check and the put: nobody was told of this one yet."""
         try:
             self._fence.check()
-        except FencedOff:
+        except (FencedOff, OSError):
             if self._is_there(manifest):
                 self._objects.delete(self._name + SUFFIX)
             raise
@@ -231,7 +234,7 @@ class RemoteStore(CheckpointStore):
         try:
             delete_for_good(self._objects, name, self._fence)
         except OSError as error:
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise StorageError(f"can't delete {self.root / name}: {error.strerror or error}") from error
 
     def link_last(self, name: str, link: str = "last.ckpt") -> None:
@@ -246,7 +249,7 @@ class RemoteStore(CheckpointStore):
             self._fence.check()
             self._objects.put_new(link + SUFFIX, replace(verdict.manifest, name=link).to_bytes())
         except OSError as error:
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise SaveFailed(self.root / link, error) from error
 
     def sweep(self) -> list[str]:
@@ -262,7 +265,7 @@ class RemoteStore(CheckpointStore):
                 self._objects.delete(mark_of(name))
                 dealt_with.append(name)
         except OSError as error:
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise StorageError(f"can't clean up {self.root}: {error.strerror or error}") from error
         return dealt_with
 

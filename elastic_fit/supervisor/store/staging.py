@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from elastic_fit.supervisor.errors import StorageError
-from elastic_fit.supervisor.store.generation import Fence
+from elastic_fit.supervisor.store.generation import Fence, check_whether_replaced
 from elastic_fit.supervisor.store.objects import Url
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Staging(abc.ABC, Generic[Place]):
         self.discard()
         if self.failure is not None and isinstance(error, Exception) and not isinstance(error, StorageError):
             # What storage has said, whatever a serializer has made of it.
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise SaveFailed(self.target, self.failure) from error
 
     @contextlib.contextmanager
@@ -94,5 +94,5 @@ class Staging(abc.ABC, Generic[Place]):
         try:
             yield
         except OSError as error:
-            self._fence.check()
+            check_whether_replaced(self._fence)
             raise SaveFailed(self.target, error) from error
