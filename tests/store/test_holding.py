@@ -196,6 +196,18 @@ def test_a_winner_that_was_stopped_commits_nothing_after_the_takeover(run: RunDi
             one.kill()
 
 
+def test_one_that_was_replaced_lets_go_without_a_trace_in_the_lock_of_the_next(
+    run: RunDir, pair: tuple[Supervisor, Supervisor]
+) -> None:
+    old, new = pair
+    old.ask("hold", run.root)
+    run.lock.unlink()  # as on a file system whose locks don't hold
+    assert new.ask("hold", run.root) == (2, None)
+    assert old.ask("release") == "released"
+    with pytest.raises(RunIsHeld, match=f"is held by process {new.process.pid} on {socket.gethostname()}"):
+        hold(run)
+
+
 def _wait_until_stopped(pid: int) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 import psutil
 
@@ -101,11 +101,13 @@ class Lease:
     recovered: str | None
     """What was found of an earlier holder that had not let go, in a line."""
     _lock: FileLock
+    _record: TextIO
+    """The lock's file, in which the holder's name is. Open, for by its path it may be another holder's by now."""
 
     def release(self) -> None:
         """Let go; the generation stays taken."""
-        with contextlib.suppress(OSError):
-            Path(self._lock.lock_file).write_text("")
+        with contextlib.suppress(OSError), self._record:
+            self._record.truncate(0)
         self._lock.release()
 
 
@@ -179,15 +181,16 @@ def hold(folder: RunDir) -> Lease:
         ) from None
     except OSError as error:
         raise StorageError(f"can't lock {folder.lock}: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as failing:
+        failing.callback(lock.release)
         before = _read_holder(folder.lock)
         me = Holder.this_process()
         generation = take_generation(folder.generations, me)
-        folder.lock.write_text(json.dumps(asdict(me)))
-    except BaseException:
-        lock.release()
-        raise
-    return Lease(generation, _recovery(before), lock)
+        record = failing.enter_context(folder.lock.open("w"))
+        record.write(json.dumps(asdict(me)))
+        record.flush()
+        failing.pop_all()
+    return Lease(generation, _recovery(before), lock, record)
 
 
 def _recovery(before: Holder | None) -> str | None:
