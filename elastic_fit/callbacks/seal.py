@@ -277,6 +277,8 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 def _floating(thing: Any) -> Iterable[torch.Tensor]:
     if isinstance(thing, torch.Tensor):
         local = thing.to_local() if hasattr(thing, "to_local") else thing
+        if local.is_complex():
+            local = torch.view_as_real(local.resolve_conj())
         if local.is_floating_point() and local.numel():
             yield local.detach()
     elif isinstance(thing, Mapping):

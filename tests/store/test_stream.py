@@ -149,6 +149,15 @@ def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, bad: float) -> Non
     assert not is_finite(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64, torch.complex32])
+@pytest.mark.parametrize("bad", [complex(float("nan"), 1), complex(1, float("nan")), complex(1, float("inf"))])
+def test_one_bad_complex_number_is_found(dtype: torch.dtype, bad: complex) -> None:
+    good = torch.ones(3, dtype=torch.complex64)
+    assert is_finite({"state_dict": {"a": good.to(dtype), "b": good.conj()}})
+    assert not is_finite({"state_dict": {"a": torch.tensor([1, bad]).to(dtype), "b": torch.ones(3)}})
+    assert not is_finite({"optimizer_states": [{"state": {0: {"m": torch.tensor(bad).conj()}}}]})
+
+
 def test_large_numbers_whose_sum_overflows_are_finite() -> None:
     largest = torch.finfo(torch.float32).max
     assert is_finite({"state_dict": {"a": torch.full((8,), largest), "b": torch.full((8,), 60000.0).half()}})
