@@ -17,6 +17,7 @@ BACKENDS = ("static", "c10d", *ETCD_BACKENDS)
 LAST_PORT = 65535
 RENDEZVOUS_LIMITS = {
     "silence": (2.1, math.inf),  # it spans several beats
+    "outage": (0.0, math.inf),
     "port": (0.0, LAST_PORT),
     "last_call_timeout": (0.0, math.inf),
     "join_timeout": (0.0, math.inf),

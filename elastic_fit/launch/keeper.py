@@ -317,7 +317,8 @@ class Keeper:
         """Pass an order to end the workers on to the agent, once for each cause."""
         if not self.training:
             return None
-        order = Release(cause=None) if isinstance(self.move, Fence) else None
+        move = self.move
+        order = Release(cause=move.cause, why=move.why) if isinstance(move, Fence) else None
         order = order or release(self.roster, self.me.node, self.training)
         if order is None or told == (self.training, order.cause):
             return told

@@ -267,12 +267,15 @@ class ElasticRendezvous(RendezvousHandler):
         if order is None:
             return None
         if order.cause is None:
-            return Change(cause=None, why=getattr(keeper.move, "why", "") or "the job goes on without this node")
+            return Change(cause=None, why=order.why or "the job goes on without this node")
         roster = keeper.roster
         assert roster is not None
         note = roster.note if order.cause is Cause.STOP else {}
         return Change(
-            cause=order.cause, why=_why(roster), deadline_s=note.get("deadline_s"), save=bool(note.get("save", True))
+            cause=order.cause,
+            why=order.why or _why(roster),
+            deadline_s=note.get("deadline_s"),
+            save=bool(note.get("save", True)),
         )
 
     def ask_stop(self, note: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     Plan = Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
 
-BOUND_OF = {"silence": "silence_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
+BOUND_OF = {"silence": "silence_s", "outage": "outage_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
 """What of ``--rdzv-conf`` sets which limit, in seconds."""
 TELL_AFTER_S = 1.0
 """How long something is waited for before a node says so."""

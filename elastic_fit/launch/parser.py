@@ -33,8 +33,9 @@ OTHER_HELP = {
     "rdzv_endpoint": "With static and c10d: the node that is asked whether it sees the same run folder, as "
     "<host>[:<port>]; it serves nothing else and may die. With etcd: the server.",
     "rdzv_conf": "What the nodes go by, as <key>=<number>,...: silence, seconds after which a node that isn't heard is "
-    "lost (4); port, where this node's launcher listens (any); last_call_timeout, seconds for which the start waits "
-    "for one more node (2); join_timeout, seconds for which the minimum of nodes is waited for (600). Other keys of "
+    "lost (4); outage, seconds for which they train on while where they agree is out of reach (60); port, where this "
+    "node's launcher listens (any); last_call_timeout, seconds for which the start waits for one more node (2); "
+    "join_timeout, seconds for which the minimum of nodes is waited for (600). Other keys of "
     "torchrun's are let pass.",
 }
 """What torchrun's flags mean here, where that is not what they mean to torchrun."""

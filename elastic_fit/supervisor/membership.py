@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, count_flaps, is_earlier_start, put_off_s, seat
 from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
@@ -63,9 +64,11 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence:
-    """This node is cut off: its workers must end at once; it waits and tries to come back."""
+    """This node is cut off: its workers must end; it waits and tries to come back."""
 
     why: str
+    cause: Cause | None = None
+    """As in `Release`: with LOST there is time to save, because nobody else can go on yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +81,9 @@ Move = Propose | Wait | Form | Train | Fence | End
 
 def decide(view: View) -> Move:
     """What this node does now."""
-    if _is_cut_off(view):
-        return Fence(why="the arbiter of the job can't be reached")
+    fence = _fence(view)
+    if fence is not None:
+        return fence
     roster = view.roster
     if roster is None:
         if view.is_guest:
@@ -102,6 +106,8 @@ class Release:
 
     cause: Cause | None
     """How, see `Cause`; None is at once, because nothing they write counts any more."""
+    why: str = ""
+    """Where that isn't the roster's to say."""
 
 
 def release(roster: Roster | None, me: str, training: int) -> Release | None:
@@ -146,26 +152,34 @@ def contacts(roster: Roster | None, me: str, gone: Iterable[str] = ()) -> tuple[
 
 
 def _doors(roster: Roster, gone: Iterable[str] = ()) -> list[Profile]:
-    """Where a node from outside knocks: at the leader's, then at a few others'; those known to be gone come last."""
+    """Where a node from outside knocks: at the leader's, and one after another at others' as those before are gone."""
     away = set(gone)
-    order = sorted(roster.members, key=lambda member: (member.node in away, member.node != roster.leader))
-    return order[: 1 if order and order[0].node not in away else CONTACT_SAMPLE]
+    order = sorted(roster.members, key=lambda member: member.node != roster.leader)[:CONTACT_SAMPLE]
+    tried = sum(1 for _ in takewhile(lambda member: member.node in away, order))
+    return order[: tried + 1]
 
 
-def _is_cut_off(view: View) -> bool:
-    """Whether the arbiter is out of reach of this node, and not simply down for everybody that it hears."""
+def _fence(view: View) -> Fence | None:
+    """Whether this node must stop since the arbiter is out of its reach, and not simply down for all that it hears.
+
+    While a round's nodes all hear one another, no other round can form behind the back of one: whoever wanted to would
+    have to miss it first. So an outage is nobody's loss, and where it may become one there is time to save.
+    """
     bounds, roster = view.bounds, view.roster
     if view.arbiter_age_s < bounds.fence_s:
-        return False
+        return None
+    why = "the arbiter of the job can't be reached"
     near = [peer for peer in view.peers.values() if roster is not None and roster.seats(peer.profile.node)]
     if roster is None or not near or view.told_version > roster.version:
-        return True
-    if any(peer.quiet_s >= bounds.fence_s for peer in near):
-        return True
-    # All were linked just now, so no other round can form behind this node's back yet: a short outage is nobody's loss,
-    # and a peer that goes meanwhile is one like any other. There is time to save what its loss would cost.
+        return Fence(why=why)
+    if any(peer.quiet_s >= bounds.fence_s for peer in near) or view.arbiter_age_s >= bounds.takeover_s:
+        return Fence(why=why)
+    lost = next((peer.profile.name for peer in near if not peer.up or peer.quiet_s >= bounds.doubt_s), None)
+    if lost is not None:
+        return Fence(why=f"{why}, nor can {lost}", cause=Cause.LOST)
     # An arbiter that is back is not back for all in the same moment: it counts from when somebody reaches it.
-    return any(min(view.arbiter_age_s, peer.reaches_arbiter_s) >= 2 * bounds.silence_s for peer in near)
+    is_mine = any(min(view.arbiter_age_s, peer.reaches_arbiter_s) >= 2 * bounds.silence_s for peer in near)
+    return Fence(why=why, cause=Cause.LOST) if is_mine or view.arbiter_age_s >= bounds.outage_s else None
 
 
 def _opening(view: View, version: int, round_: int, generation: int) -> Roster:
@@ -239,9 +253,14 @@ def _hesitation_s(view: View, roster: Roster, gone: list[str]) -> float:
 
 def _newcomers_due(view: View, roster: Roster) -> bool:
     waiting = [peer.waited_s for peer in _newcomers(view, roster)]
-    outside = [peer for node, peer in view.peers.items() if not roster.seats(node) and not is_gone(peer, view.bounds)]
-    is_more_to_come = any(peer.up and peer.refusal is None and peer.ready_for is None for peer in outside)
+    outside = [peer for node, peer in view.peers.items() if not roster.seats(node)]
+    is_more_to_come = any(_gets_ready(peer, view.bounds) for peer in outside)
     return bool(waiting) and max(waiting) >= (view.bounds.warming_s if is_more_to_come else view.bounds.join_s)
+
+
+def _gets_ready(peer: Peer, bounds: Bounds) -> bool:
+    """Whether it is here, and still imports."""
+    return peer.up and peer.refusal is None and peer.ready_for is None and not is_gone(peer, bounds)
 
 
 def _newcomers(view: View, roster: Roster) -> list[Peer]:
@@ -260,12 +279,15 @@ def _newcomers(view: View, roster: Roster) -> list[Peer]:
 def _knock(view: View, roster: Roster) -> Move:
     """A round runs without this node: be let in, or find out that nobody is left in it."""
     doors = [view.peers.get(member.node) for member in _doors(roster, _away(view))]
-    if doors and all(peer is not None and _is_dead(peer, view.bounds) for peer in doors):
+    if doors and all(peer is not None and _is_dead(peer, view.bounds, view.bounds.takeover_s) for peer in doors):
         return _call(view, roster, Cause.START, [member.node for member in roster.members])
     if any(peer is not None and peer.up and not is_gone(peer, view.bounds) for peer in doors):
         return Wait(why=_why_outside(view, roster))
     if view.phase_s >= view.bounds.silence_s:
-        return Fence(why="the job runs, and none of its nodes can be reached from here")
+        why = "the job runs, and none of its nodes can be reached from here"
+        return Fence(
+            why=f"{why}; it goes on without them once they have given no sign for {view.bounds.takeover_s:.0f} s"
+        )
     return Wait(why="looking for the job's nodes")
 
 
@@ -286,11 +308,11 @@ def _away(view: View) -> list[str]:
     return [node for node, peer in view.peers.items() if is_gone(peer, view.bounds)]
 
 
-def _is_dead(peer: Peer, bounds: Bounds) -> bool:
-    """Gone, and not only out of this node's reach: what it leaves in the arbiter stands still as well."""
+def _is_dead(peer: Peer, bounds: Bounds, still_s: float) -> bool:
+    """Gone, and not only out of this node's reach: what it leaves in the arbiter has stood still for `still_s`."""
     if not is_gone(peer, bounds):
         return False
-    return peer.refused or (peer.beat_age_s is not None and peer.beat_age_s >= bounds.silence_s)
+    return peer.refused or (peer.beat_age_s is not None and peer.beat_age_s >= still_s)
 
 
 def _gather(view: View, roster: Roster) -> Move:
@@ -302,7 +324,7 @@ def _gather(view: View, roster: Roster) -> Move:
     leader = view.peers.get(roster.leader)
     if leader is None or not is_gone(leader, view.bounds):
         return Wait(why="the nodes gather with", missing=(roster.leading.name if roster.leading else roster.leader,))
-    if _is_dead(leader, view.bounds):
+    if _is_dead(leader, view.bounds, view.bounds.silence_s):
         lost = tuple(dict.fromkeys((*roster.lost, roster.leader)))
         takes_over = roster.after(leader=view.me.node, leading=view.me, lost=lost)
         return Propose(roster=takes_over)
@@ -335,7 +357,7 @@ def _lead(view: View, roster: Roster) -> Move:
     if not view.ready:
         missing.append(view.me.name)
     if roster.cause is Cause.START:
-        missing += [p.profile.name for p in view.peers.values() if p.up and p.refusal is None and p.ready_for is None]
+        missing += [peer.profile.name for peer in view.peers.values() if _gets_ready(peer, bounds)]
     if missing:
         return Wait(why="waiting for" if roster.members else "getting ready:", missing=tuple(missing))
     old = {member.node for member in roster.members}

@@ -20,6 +20,9 @@ class Bounds:
     """Pause between two signs of life to a linked peer, and between two looks at the arbiter."""
     silence_s: float = 4.0
     """A peer that was not heard for so long is lost."""
+    outage_s: float = 60.0
+    """Nodes that hear one another train on for so long while the arbiter is out of reach; then their workers save and
+    end."""
     hesitation_s: float = 1.0
     """Who misses all its peers accuses so much later than who misses few: the larger side of a cut goes first. It waits
     twice as long on top where most of its peers are alive, and only out of its reach."""
@@ -38,6 +41,16 @@ class Bounds:
     def fence_s(self) -> float:
         """A node that has not reached the arbiter for so long ends its workers: before others can take it for lost."""
         return self.silence_s - 2 * self.beat_s
+
+    @property
+    def doubt_s(self) -> float:
+        """A node that can't reach the arbiter and has not heard a peer for so long has its workers save and end."""
+        return 3 * self.beat_s
+
+    @property
+    def takeover_s(self) -> float:
+        """A round whose nodes have given no sign for so long has ended, even where they are only out of reach."""
+        return self.outage_s + max(self.outage_s, self.silence_s)
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:

@@ -52,6 +52,8 @@ class Heard:
     ready_for: int | None = None
     ready_since: float = 0.0
     up: bool = False
+    version: int = 0
+    """Of the roster that it has spoken of last."""
     refused: bool = False
     counter: int = -1
     counter_since: float = 0.0
@@ -134,7 +136,7 @@ class Host:
 
     def _listen(self) -> None:
         world = self.world
-        gone = [name for name, heard in self.heard.items() if world.now - heard.last > world.bounds.silence_s]
+        gone = [name for name, heard in self.heard.items() if is_gone(self._peer(name, heard), world.bounds)]
         wanted = {profile.node for profile in contacts(self.roster, self.node, gone)}
         others = wanted | world.dialing.get(self.node, set())
         world.note_dials(self.node, wanted)
@@ -148,9 +150,10 @@ class Host:
         world = self.world
         other = world.hosts.get(name)
         connected = world.connected(self.node, name)
-        heard.refused = connected and (other is None or not other.alive or other.ended)
-        if connected and other is not None and other.alive and not other.paused and not other.ended:
-            heard.up, heard.last = True, world.now
+        is_rejected = frozenset((self.profile.name, self.world.profiles[name].name)) in world.rejecting
+        heard.refused = is_rejected or (connected and (other is None or not other.alive or other.ended))
+        if connected and not is_rejected and other is not None and other.alive and not other.paused and not other.ended:
+            heard.up, heard.last, heard.version = True, world.now, other.roster.version if other.roster else 0
             if heard.ready_for is None and other.ready_for is not None:
                 heard.ready_since = world.now
             heard.ready_for = other.ready_for
@@ -158,8 +161,8 @@ class Host:
                 heard.arbiter_since = None
             elif heard.arbiter_since is None:
                 heard.arbiter_since = world.now
-        elif heard.refused or world.now - heard.last > world.bounds.silence_s:
-            heard.up = False
+        elif heard.refused:
+            heard.up = False  # a connection that nothing passes on still stands
         if other is not None and self.node not in world.blind and other.counter != heard.counter:
             heard.counter, heard.counter_since = other.counter, world.now
 
@@ -194,7 +197,7 @@ class Host:
     @property
     def told(self) -> int:
         """The newest version that a peer speaks of."""
-        return max((self.world.version_of(name) for name, heard in self.heard.items() if heard.up), default=0)
+        return max((heard.version for heard in self.heard.values()), default=0)
 
     def _peer(self, name: str, heard: Heard) -> Peer:
         now = self.world.now
@@ -218,8 +221,10 @@ class Host:
             assert self.roster is not None
             if self.training != self.roster.round and self.report is None:
                 self.training, self.ending_at = self.roster.round, None
-        elif isinstance(move, Fence):
+        elif isinstance(move, Fence) and move.cause is None:
             self.training, self.ending_at = 0, None
+        elif isinstance(move, Fence) and self.training and self.ending_at is None:
+            self.ending_at = self.world.now + self.world.random.uniform(0.2, 2.0)
         elif isinstance(move, End):
             self.training, self.ended = 0, True
 
@@ -264,6 +269,8 @@ class World:
         """Nodes that can't reach the arbiter."""
         self.cut: set[frozenset[str]] = set()
         """Pairs of host names between which nothing passes."""
+        self.rejecting: set[frozenset[str]] = set()
+        """Pairs of host names between which every connection is refused at once, though both are alive."""
         self.dialing: dict[str, set[str]] = {}
         self._dials: dict[str, set[str]] = {}
         self._serial = 0
@@ -283,10 +290,6 @@ class World:
 
     def connected(self, a: str, b: str) -> bool:
         return frozenset((self.profiles[a].name, self.profiles[b].name)) not in self.cut
-
-    def version_of(self, node: str) -> int:
-        roster = self.hosts[node].roster if node in self.hosts else None
-        return roster.version if roster else 0
 
     def note_dials(self, node: str, wanted: set[str]) -> None:
         before = self._dials.get(node, set())

@@ -113,6 +113,21 @@ def test_frozen_host_that_wakes_up_later_finds_itself_fenced_off_and_comes_back(
     assert_it_ends_well(hosts, *started)
 
 
+def test_all_launchers_die_at_once_and_the_same_command_goes_on(hosts: Cluster) -> None:
+    flags = ("--checkpoint-steps", "5")
+    first = [hosts.launch(host, flags=flags) for host in ("h1", "h2", "h3")]
+    hosts.wait_until(lambda: hosts.trains_with(3))
+    hosts.wait_until(lambda: hosts.events("save"))
+    for one in first:  # stopped first, so that none of them sees another one die
+        os.kill(one.process.pid, signal.SIGSTOP)
+    for one in first:
+        hosts.kill_agent(one)
+    again = time.time()
+    started = [hosts.launch(host, flags=flags) for host in ("h1", "h2", "h3")]
+    assert hosts.wait_until(lambda: hosts.trains_with(3, after=again)) < 30, hosts.story()
+    assert_it_ends_well(hosts, *started, repeats=True)
+
+
 def test_every_node_is_replaced_one_after_another(hosts: Cluster) -> None:
     running = {host: hosts.launch(host) for host in ("h1", "h2")}
     hosts.wait_until(lambda: hosts.trains_with(2))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elastic_fit.supervisor.roster import Cause, Phase
 from elastic_fit.supervisor.view import Bounds
-from tests.nodes.simulation import World
+from tests.nodes.simulation import Host, World
 
 NAMES = ("h1", "h2", "h3", "h4", "h5")
 
@@ -137,7 +137,7 @@ def test_node_that_sees_neither_peers_nor_the_arbiter_stops_before_the_others_go
 def test_arbiter_that_is_down_for_everybody_stops_nobody() -> None:
     world = formed(1, 4, NAMES[:3])
     world.blind = {host.node for host in world.living()}
-    world.run(60, check_truths)
+    world.run(50, check_truths)
     assert world.trains_with(3)
     world.blind.clear()
     world.kill(world.living()[0])
@@ -151,11 +151,76 @@ def test_arbiter_that_is_back_for_one_before_the_other_stops_nobody() -> None:
     world = formed(1, 4, NAMES[:3])
     nodes = {host.node for host in world.living()}
     world.blind = set(nodes)
-    world.run(60, all_train)
+    world.run(50, all_train)
     world.blind.remove(min(nodes))
     world.run(5, all_train)
     world.blind.clear()
     world.run(30, all_train)
+
+
+def test_round_that_cannot_reach_the_arbiter_has_ended_before_a_spare_that_can_begins_one() -> None:
+    world = formed(1, 2, NAMES[:3])
+    members = [world.hosts[member.node] for member in world.cell.history[-1].members]
+    spare = next(host for host in world.living() if host not in members)
+    world.blind = {member.node for member in members}
+    world.cut = {frozenset((spare.profile.name, member.profile.name)) for member in members}
+
+    def one_side_trains(world: World) -> None:
+        assert not (spare.training and any(member.training for member in members))
+
+    world.run_until(lambda w: not any(member.training for member in members), 70)
+    assert world.run_until(lambda w: bool(spare.training), 80) > 30
+    world.run(60, one_side_trains)
+    world.blind.clear()
+    world.cut.clear()
+    world.run_until(lambda w: w.trains_with(2), 60)
+
+
+def test_all_nodes_die_at_once_and_the_job_is_started_again() -> None:
+    for count in (2, 3, 4):
+        world = formed(1, 4, NAMES[:count])
+        for host in world.living():
+            world.kill(host)
+        for name in NAMES[:count]:
+            world.add(name)
+        assert world.run_until(lambda w, count=count: w.trains_with(count), 60) < 10
+
+
+def test_all_hosts_are_lost_without_a_trace_and_others_go_on_with_the_job_later() -> None:
+    world = formed(1, 4, NAMES[:2])
+    for host in world.living():
+        world.kill(host)
+    world.cut = {frozenset((old, new)) for old in NAMES[:2] for new in NAMES[2:4]}
+    world.add("h3")
+    world.add("h4")
+    assert world.run_until(lambda w: w.trains_with(2), 200) >= world.bounds.takeover_s
+
+
+def test_node_that_is_rejected_by_the_others_and_blind_takes_no_step_beside_them() -> None:
+    for seed in range(30):
+        world = formed(1, 4, NAMES[:3], seed=seed)
+        alone = world.named("h1")
+        assert alone is not None
+        world.blind.add(alone.node)
+        world.run(4, check_truths)
+        world.rejecting = {frozenset(("h1", "h2")), frozenset(("h1", "h3"))}
+
+        def ends_first(world: World, alone: Host = alone) -> None:
+            assert not world.trains_with(2) or alone.ending_at is not None or not alone.training
+
+        world.run(10, ends_first)
+        assert world.trains_with(2)
+
+
+def test_host_that_freezes_while_the_job_gathers_for_its_start_keeps_nobody_waiting() -> None:
+    world = World(Bounds(least=1, most=4))
+    for name in NAMES[:3]:
+        world.add(name).warm_at = 3.0
+    world.run(2)
+    frozen = world.named("h3")
+    assert frozen is not None
+    frozen.paused = True
+    world.run_until(lambda w: w.trains_with(2), 30)
 
 
 def test_node_that_alone_cannot_reach_the_arbiter_is_fenced_off_though_all_hear_it() -> None:
