@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing as mp
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from elastic_fit.callbacks import replicas
 from elastic_fit.callbacks.replicas import Replicas
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Disk, Facts, SaveFailed, verify
+from elastic_fit.supervisor.store.manifest import MAX_BYTES
 from elastic_fit.supervisor.store.parts import Meeting, Unfinished, unfinished
 from tests.agent.harness import wait_until
 from tests.checkpoint.models import Line, trainer
@@ -320,7 +322,7 @@ def claim_and_die(root: Path) -> None:
         os._exit(0)
 
 
-RECORDS = ["", "[]", "1", "{}", '{"holders": 1, "files": []}']
+RECORDS = ["", "[]", "1", "{}", '{"holders": 1, "files": []}', "[" * 200_000, "\xff"]
 
 
 @pytest.mark.parametrize("changed", [*RECORDS, {"step": "5"}, {"step": -1}, {"shard": 2}, {"holders": [[0], []]}])
@@ -328,16 +330,49 @@ def test_a_record_that_makes_no_sense_is_none(changed: str | dict[str, Any], tmp
     save(0, tmp_path)
     (record,) = tmp_path.glob(".*/part.json")
     text = changed if isinstance(changed, str) else json.dumps({**json.loads(record.read_text()), **changed})
-    record.write_text(text)
+    record.write_text(text, encoding="latin-1")
     assert Meeting(CheckpointStore(tmp_path), NAME, TOKEN).parts() == {}
     assert unfinished(tmp_path) == []
+
+
+def a_socket(path: Path) -> None:
+    socket.socket(socket.AF_UNIX).bind(path.name)
+
+
+def too_large(path: Path) -> None:
+    path.write_text((path.parent / "good").read_text() + " " * MAX_BYTES)
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a folder": os.mkdir,
+    "a socket": a_socket,
+    "a link": lambda path: path.symlink_to("good"),
+    "a second name": lambda path: os.link("good", path),
+    "too large": too_large,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_record_that_nobody_of_ours_has_written_is_none_and_is_not_waited_for(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others have left is told all the same."""
+    save(1, tmp_path, facts=replace(FACTS, step=6))
+    save(0, tmp_path)
+    (record,) = tmp_path.glob(".step=5*/part.json")
+    monkeypatch.chdir(record.parent)  # the name of a socket must be short
+    record.rename("good")
+    HOSTILE[what](record)
+    assert Meeting(CheckpointStore(tmp_path), NAME, TOKEN).parts() == {}
+    assert [one.step for one in unfinished(tmp_path)] == [6]
 
 
 def test_what_cannot_be_read_of_parts_does_not_keep_a_run_from_going_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(0, tmp_path)
-    monkeypatch.setattr(Path, "read_text", lambda path: os.close(-1))
+    monkeypatch.setattr("elastic_fit.supervisor.store.parts.read_small", lambda *_: os.close(-1))
     assert unfinished(tmp_path) == []
     with pytest.raises(SaveFailed):
         save(1, tmp_path)

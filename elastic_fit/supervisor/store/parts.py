@@ -17,6 +17,7 @@ What never came together is found by who sweeps, and says by itself what it lack
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -41,12 +42,14 @@ from elastic_fit.supervisor.store.disk import (
     remove_tree,
 )
 from elastic_fit.supervisor.store.folder import CheckpointStore
-from elastic_fit.supervisor.store.manifest import FileEntry, check_entry
+from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, check_entry
 from elastic_fit.supervisor.store.staging import SaveFailed
-from elastic_fit.supervisor.store.trust import check_folder, distrust
+from elastic_fit.supervisor.store.trust import check_folder, distrust, read_small
 from elastic_fit.supervisor.store.verify import verify
 
 RECORD = "part.json"
+NO_RECORD = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""What opening one says where there is none: it has gone meanwhile, or there is a link or a socket in its place."""
 
 _FOLDER = re.compile(
     r"\.(?P<name>.+)(?P<state>\.(?:tmp|part)-)[0-9a-z-]+-(?P<meeting>[0-9a-f]{8})-(?P<shard>\d{1,9})", re.DOTALL
@@ -79,8 +82,11 @@ class Part:
         return json.dumps(asdict(self))
 
     @classmethod
-    def parse(cls, text: str) -> Part:
-        """From the text of its record. Raises ValueError, KeyError, TypeError or StorageError where it isn't one."""
+    def parse(cls, text: str | bytes) -> Part:
+        """From the text of its record.
+
+        Raises ValueError, KeyError, TypeError, RecursionError or StorageError where it isn't one.
+        """
         record: dict[str, Any] = dict(json.loads(text))
         holders = tuple(tuple(ranks) for ranks in record.pop("holders"))
         files = tuple(FileEntry(**entry) for entry in record.pop("files"))
@@ -296,6 +302,10 @@ def _read(folder: Path) -> Part | None:
     try:
         if distrust(folder.lstat()):
             return None
-        return Part.parse((folder / RECORD).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, StorageError):
+        return Part.parse(read_small(folder, RECORD, MAX_BYTES))
+    except (ValueError, KeyError, TypeError, RecursionError, StorageError):
         return None
+    except OSError as error:
+        if error.errno in NO_RECORD:
+            return None
+        raise

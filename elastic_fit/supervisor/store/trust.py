@@ -20,6 +20,14 @@ class UntrustedFolder(StorageError):
     """Somebody else may have written what is in the folder."""
 
 
+class UntrustedFile(StorageError):
+    """A file is none that we would have written."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} {why}")
+        self.why = why
+
+
 def check_folder(folder: Path) -> None:
     """Raise UntrustedFolder where others may write into `folder`; one that isn't there is fine.
 
@@ -74,6 +82,30 @@ def open_below(root: Path, relative: str) -> int:
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
     finally:
         os.close(at)
+
+
+def read_small(root: Path, relative: str, most: int, *, may_have_links: bool = False) -> bytes:
+    """What is in a file of up to `most` bytes below `root`, or in `root` itself.
+
+    Nothing is waited for, as a FIFO would be. Raises UntrustedFile where it is larger, not a plain file, or one that
+    somebody else may have written; OSError as `open_below` does.
+    """
+    descriptor = open_below(root, relative)
+    try:
+        if why := _why_not_small(os.fstat(descriptor), most, may_have_links=may_have_links):
+            raise UntrustedFile(root / relative, why)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(descriptor)
+
+
+def _why_not_small(status: os.stat_result, most: int, *, may_have_links: bool) -> str | None:
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a plain file"
+    if status.st_size > most:
+        return f"is larger than {most} bytes"
+    return distrust(status, may_have_links=may_have_links)
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

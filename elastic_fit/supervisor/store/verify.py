@@ -12,7 +12,7 @@ from pathlib import Path
 from elastic_fit.supervisor.store.digest import LANES, digest_of
 from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, Manifest, ManifestError, manifest_path
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
-from elastic_fit.supervisor.store.trust import distrust, open_below, walk
+from elastic_fit.supervisor.store.trust import UntrustedFile, distrust, open_below, read_small, walk
 
 THREADS = 4
 """Files that are read at a time, or more where there are more cores: also while one waits for its disk."""
@@ -99,16 +99,11 @@ def check(data: Path, manifest: Manifest, *, deep: bool = True) -> tuple[str | N
 
 def read_manifest(data: Path) -> Manifest:
     """The manifest beside a checkpoint. Raises FileNotFoundError, OSError, ManifestError."""
-    with open(open_below(manifest_path(data), ""), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ManifestError("the manifest is not a plain file")
-        if status.st_size > MAX_BYTES:
-            raise ManifestError(f"the manifest is larger than {MAX_BYTES} bytes")
+    try:
         # Its second name, while its checkpoint is being set aside, does no harm: it is digested as it is read.
-        if why := distrust(status, may_have_links=True):
-            raise ManifestError(f"the manifest {why}")
-        return Manifest.parse(file.read(MAX_BYTES + 1))
+        return Manifest.parse(read_small(manifest_path(data), "", MAX_BYTES, may_have_links=True))
+    except UntrustedFile as error:
+        raise ManifestError(f"the manifest {error.why}") from error
 
 
 def identify(status: os.stat_result) -> Identity:
