@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import signal
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -22,6 +23,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -265,6 +267,13 @@ def test_a_captured_state_holds_the_loaders_states_where_they_can_be_dropped(tmp
     assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"place": 1}]
     _loaders.drop_loader_states(state)
     assert "combined_loader" not in state["loops"]["fit_loop"]["state_dict"]
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size"])
+def test_combined_loaders_say_whether_the_shorter_ones_are_gone_through_again(tmp_path, mode: Any) -> None:
+    training = trainer(tmp_path, max_epochs=1)
+    training.fit(Line(), CombinedLoader([DataLoader(torch.ones(4, 4))], mode))
+    assert _loaders.is_cycled(training) == (mode == "max_size_cycle")
 
 
 def test_a_dataloader_looks_its_workers_loop_up_and_says_there_when_they_are_to_end() -> None:

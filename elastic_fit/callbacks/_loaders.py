@@ -32,6 +32,12 @@ def train_loaders(trainer: pl.Trainer) -> list[Any]:
     return list(combined.flattened) if combined is not None else []
 
 
+def is_cycled(trainer: pl.Trainer) -> bool:
+    """Whether a training loader that is at its end before the epoch is, is gone through again."""
+    combined = trainer.fit_loop._combined_loader
+    return combined is not None and combined._mode == "max_size_cycle"
+
+
 def reload_epoch(trainer: pl.Trainer) -> int | None:
     """The epoch that the training loaders were made for, by which ``reload_dataloaders_every_n_epochs`` counts."""
     epoch = trainer.fit_loop._last_train_dl_reload_epoch

@@ -10,7 +10,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from elastic_fit.callbacks import session
 from elastic_fit.callbacks.augmentation import SeededBatches
-from elastic_fit.callbacks.data import ElasticSampler
+from elastic_fit.callbacks.data import ElasticSampler, share
 from elastic_fit.callbacks.globalbatch import GlobalBatches
 
 
@@ -79,7 +79,7 @@ def global_batch_of(loader: Any, sampler: ElasticSampler, parts: int) -> int | N
     return size * sampler.num_replicas * parts if size is not None else None
 
 
-def position_of(loader: Any, batches: int, is_over: bool, parts: int) -> dict[str, Any] | None:
+def position_of(loader: Any, batches: int, is_over: bool, parts: int, *, is_cycled: bool) -> dict[str, Any] | None:
     """What a checkpoint holds of a loader after so many batches of the epoch; None where its place isn't kept."""
     sampler = sampler_of(loader)
     size = batch_size_of(loader) if sampler is not None else None
@@ -91,22 +91,34 @@ def position_of(loader: Any, batches: int, is_over: bool, parts: int) -> dict[st
     split = global_batches_of(loader)
     if split is not None:
         return {**state, "consumed": split.consumed(batches - sampler.began_at_batch), "batches": batches}
-    consumed, in_pass = place_after(sampler, batches - sampler.began_at_batch, size)
+    drop_last = bool(getattr(loader.batch_sampler, "drop_last", False))
+    consumed, in_pass = place_after(
+        sampler, batches - sampler.began_at_batch, size, drop_last=drop_last, is_cycled=is_cycled
+    )
     return {**state, "consumed": consumed, "batches": in_pass}
 
 
-def place_after(sampler: ElasticSampler, batches: int, batch_size: int) -> tuple[int, int]:
+def place_after(
+    sampler: ElasticSampler, batches: int, batch_size: int, *, drop_last: bool = False, is_cycled: bool = True
+) -> tuple[int, int]:
     """Where a loader is after so many batches on each rank since the sampler's pass began.
 
     Returns samples consumed over all ranks, and batches on each rank, both of the pass under way. A loader that is
-    shorter than the epoch is gone through again (CombinedLoader's ``max_size_cycle``); where it is just at its end, it
-    stays there: it begins anew when its next batch is asked for.
+    shorter than the epoch is gone through again where `is_cycled` (CombinedLoader's ``max_size_cycle``), and where it
+    is just at its end, it stays there: it begins anew when its next batch is asked for. Otherwise (``max_size``) it
+    stays at its end for the rest of the epoch. `drop_last` is that of its batches, not of its samples.
     """
+
+    def batches_in(samples: int) -> int:
+        mine = share(samples, sampler.num_replicas, drop_last=sampler.drop_last)
+        return share(mine, batch_size, drop_last=drop_last)
+
     in_round = sampler.num_replicas * batch_size
     before = sampler.taken_before // batch_size
-    left = -(-(sampler.size - sampler.origin) // in_round)
+    left = batches_in(sampler.size - sampler.origin)
     if batches <= left:
         return min(sampler.size, sampler.origin + batches * in_round), before + batches
-    each = -(-sampler.size // in_round)
-    in_pass = (batches - left - 1) % each + 1
+    if not is_cycled:
+        return sampler.size, before + left
+    in_pass = (batches - left - 1) % max(1, batches_in(sampler.size)) + 1
     return min(sampler.size, in_pass * in_round), in_pass

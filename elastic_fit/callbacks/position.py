@@ -111,8 +111,7 @@ class DataPosition(pl.Callback):
             return []
         batches = _lightning.batches_at_boundary(trainer)
         is_over = _lightning.is_epoch_over(trainer, batches)
-        parts = trainer.accumulate_grad_batches
-        return [position_of(loader, batches, is_over, parts) for loader in _loaders.train_loaders(trainer)]
+        return [self._place(trainer, loader, batches, is_over) for loader in _loaders.train_loaders(trainer)]
 
     def global_batch(self) -> int | None:
         """Samples that an optimizer step takes, over all ranks; None where it isn't known."""
@@ -125,8 +124,13 @@ class DataPosition(pl.Callback):
         if trainer is None or not loaders:
             return None
         batches = _lightning.batches_at_boundary(trainer)
-        place = position_of(loaders[0], batches, False, trainer.accumulate_grad_batches)
+        place = self._place(trainer, loaders[0], batches, False)
         return int(place["consumed"]) if place is not None else None
+
+    @staticmethod
+    def _place(trainer: pl.Trainer, loader: Any, batches: int, is_over: bool) -> dict[str, Any] | None:
+        parts = trainer.accumulate_grad_batches
+        return position_of(loader, batches, is_over, parts, is_cycled=_loaders.is_cycled(trainer))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

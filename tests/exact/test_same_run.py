@@ -105,7 +105,8 @@ class Diary(pl.Callback):
         self.means: list[tuple[int, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        samples = {key: part[0].tolist() for key, part in batch.items()} if isinstance(batch, dict) else batch[0]
+        several = isinstance(batch, dict)
+        samples = {key: part and part[0].tolist() for key, part in batch.items()} if several else batch[0]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         loss = trainer.callback_metrics["loss_step"].item()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -137,10 +138,10 @@ class Pairs(BatchSampler):
     """A batch sampler of the user's own."""
 
 
-def of_two(mode: str) -> Callable[[], CombinedLoader]:
+def of_two(mode: str, **of_the_short: Any) -> Callable[[], CombinedLoader]:
     def loaders() -> CombinedLoader:
         long = DataLoader(Numbered(), batch_size=BATCH, shuffle=True)
-        short = DataLoader(Numbered(), batch_size=8, shuffle=True)
+        short = DataLoader(Numbered(), **{"batch_size": 8, "shuffle": True, **of_the_short})
         return CombinedLoader({"a": long, "b": short}, mode)
 
     return loaders
@@ -168,7 +169,12 @@ CASES = {
         loader=lambda: DataLoader(Numbered(), batch_sampler=Pairs(RandomSampler(Numbered()), 2, True))
     ),
     "two loaders, the shorter gone through again": Case(loader=of_two("max_size_cycle")),
+    "two loaders, the shorter gone through again without its rest": Case(
+        loader=of_two("max_size_cycle", batch_size=10, drop_last=True)
+    ),
     "two loaders, as long as the shorter": Case(loader=of_two("min_size")),
+    "two loaders, the shorter over before the longer": Case(loader=of_two("max_size")),
+    "two loaders, the shorter over without its rest": Case(loader=of_two("max_size", batch_size=10, drop_last=True)),
     "part of an epoch": Case(options={"limit_train_batches": 5}),
     "loaders made anew each epoch": Case(options={"reload_dataloaders_every_n_epochs": 1}),
     "accumulated gradients": Case(options={"accumulate_grad_batches": 3}),
