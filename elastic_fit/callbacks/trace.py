@@ -15,7 +15,9 @@ from elastic_fit.supervisor.ledger import Ledger
 
 
 class StepTrace(pl.Callback):
-    """Writes ``step`` events: digests of the parameters, of what every rank's batches held, and the data's position.
+    """Writes ``step`` events: digests of what each rank's batches held and of its parameters, and the data's position.
+
+    Each rank digests what it holds: of sharded parameters, its shards.
 
     Costs a pass over the parameters and a collective a step; for comparing runs, not for training.
 
@@ -37,16 +39,16 @@ class StepTrace(pl.Callback):
         if not _lightning.is_boundary(trainer):
             return
         digest, self._batches = self._batches.hexdigest(), xxhash.xxh3_64()
-        batches = gather(digest)
+        digests = gather((digest, digest_of(pl_module)))
         if trainer.is_global_zero:
             self._ledger.write(
                 "step",
                 fit=self._fit,
                 step=trainer.global_step,
                 epoch=trainer.current_epoch,
-                samples=batches,
+                samples=[samples for samples, _ in digests],
                 consumed=self._consumed(trainer),
-                parameters=digest_of(pl_module),
+                parameters=[parameters for _, parameters in digests],
                 lr=[group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
             )
 

@@ -22,6 +22,7 @@ COMPARED = {
     "parameters": "the parameters after the step",
 }
 """In the order of cause and effect: the first that differs is the one to look at."""
+BY_RANK = ("samples", "parameters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,12 @@ def _told(difference: Difference, mine: dict[tuple[int, int], Event], others: di
         return f"{head}: the {which} run has no such step ({len(mine)} and {len(others)} steps in all)"
     lines = [f"{head}:"]
     for name in difference.what:
-        lines.append(f"  {COMPARED[name]}: {_shown(mine[key][name])} and {_shown(others[key][name])}")
+        a, b = mine[key][name], others[key][name]
+        if name in BY_RANK and len(a) == len(b):
+            told = [f"rank {rank}: {one} and {other}" for rank, (one, other) in enumerate(zip(a, b)) if one != other]
+        else:
+            told = [f"{_shown(a)} and {_shown(b)}"]
+        lines += [f"  {COMPARED[name]}: {difference}" for difference in told]
     return "\n".join(lines)
 
 
