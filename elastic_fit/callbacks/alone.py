@@ -19,6 +19,8 @@ log = logging.getLogger("elastic_fit")
 
 LOOK_S = 0.1
 """Pause between two looks."""
+END_S = 1.0
+"""How long the end of the process waits for the thread."""
 WANTED_KEY = f"{STOP_KEY}/wanted"
 
 
@@ -27,23 +29,29 @@ def begin() -> tuple[Board, Latch]:
     board, descriptor = Board.anonymous()
     os.close(descriptor)
     latch = Latch(board)
-    thread = threading.Thread(target=_answer, args=(board, latch), name="elastic-fit-stop", daemon=True)
+    ended = threading.Event()
+    thread = threading.Thread(target=_answer, args=(board, latch, ended), name="elastic-fit-stop", daemon=True)
     thread.start()
     keep_readers(board, latch)
-    atexit.register(_end, board, os.getpid())
+    atexit.register(_end, board, os.getpid(), thread, ended)
     return board, latch
 
 
-def _end(board: Board, pid: int) -> None:
-    """From here on the interpreter ends what reads data; a fork of this process that ends says nothing of it."""
+def _end(board: Board, pid: int, thread: threading.Thread, ended: threading.Event) -> None:
+    """From here on the interpreter ends what reads data; a fork of this process that ends says nothing of it.
+
+    It also ends threads as they come back from native code, and where that is the store's, the process aborts.
+    """
     if os.getpid() == pid:
         board.enter(Phase.DONE)
+        ended.set()
+        thread.join(END_S)
 
 
-def _answer(board: Board, latch: Latch) -> None:
+def _answer(board: Board, latch: Latch, ended: threading.Event) -> None:
     """Wait for a request, here or on another rank, and put it up where the training loop reads it."""
     store: _lightning.Store | None = None
-    while True:
+    while not ended.is_set():
         latch.wait(LOOK_S)
         end_unborn()
         why = _wanted_here(board)

@@ -16,6 +16,7 @@ import pytest
 
 from elastic_fit.supervisor.store import latest_valid
 from tests.agent.harness import free_port, wait_until
+from tests.checkpoint.test_failing_disks import on_two_ranks
 from tests.launching import PRELUDE
 
 SCRIPT = """
@@ -348,3 +349,17 @@ def test_a_tensor_parallel_model_with_buffers_trains_as_it_does_without_us(start
     ranks = started(textwrap.dedent(body), 1)
     assert ranks.codes() == [0], ranks.said()
     assert (ranks.folder / "trained.notes").read_text().split() == [str(number) for number in range(1, 9)]
+
+
+def test_the_thread_that_asks_for_requests_doesnt_abort_a_process_that_has_finished(tmp_path: Path) -> None:
+    """It hardly ever is anywhere else than in the store's native code."""
+    script = """
+import sys
+from elastic_fit import ElasticCheckpoint
+from elastic_fit.callbacks import alone
+from tests.checkpoint.models import Line, trainer
+alone.LOOK_S = 0.0
+trainer(sys.argv[1], ElasticCheckpoint(dirpath=sys.argv[1]), max_epochs=1, devices=2, strategy="ddp").fit(Line())
+"""
+    ranks = on_two_ranks(script, tmp_path)
+    assert [one.returncode for one in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
