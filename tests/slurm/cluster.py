@@ -185,14 +185,15 @@ class Slurm:
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
         """What runs on that node, or in the cluster, besides the daemons."""
-        found = [
+        return [
             process for process in psutil.process_iter() if self._place(process) in ((node,) if node else self.names)
         ]
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
     def _place(self, process: psutil.Process) -> str:
-        """The node that a process of this cluster runs on; empty for anybody else's."""
+        """The node that a process of this cluster runs on; empty for anybody else's, and for one that has ended."""
         try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return ""
             if Path(process.exe()).name.startswith("slurmstepd"):
                 # It overwrites its variables, and works where its slurmd does.
                 place = Path(process.cwd())

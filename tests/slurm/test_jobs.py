@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import submitit
 
+from tests.agent.harness import is_gone
 from tests.slurm.cluster import GRACE_S, Slurm
 from tests.slurm.conftest import COMMAND, FIT, STEP_S, Story
 
@@ -72,7 +73,7 @@ def test_save_that_kill_wait_is_too_short_for_costs_the_steps_since_the_checkpoi
     (story.folder / "hold-save").touch()
     held = {process.pid for process in story.slurm.processes(story.nodes[0])}
     preempt(story)
-    story.wait_until(lambda: not {process.pid for process in story.slurm.processes()} & held)
+    story.wait_until(lambda: all(map(is_gone, held)))
     (story.folder / "hold-save").unlink()
     story.finish()
     twice = [step for step, times in Counter(step["step"] for step in story.steps()).items() if times > 1]
