@@ -37,7 +37,7 @@ from elastic_fit.supervisor.agreement import STOP_KEY
 from elastic_fit.supervisor.board import StopMode, Word
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.ledger import read
-from elastic_fit.supervisor.stop import LEAST_MARGIN_S, SLACK, Choice, weigh
+from elastic_fit.supervisor.stop import LEAST_MARGIN_S, SLACK, Choice, unsaved_after, weigh
 
 if TYPE_CHECKING:
     from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
@@ -233,7 +233,13 @@ class Stopper(Checkpoint):
         is_safe = not is_fit or (checkpoint is not None and checkpoint.saved_step >= trainer.global_step)
         is_new = bool(self._desk.board[Word.SAVED_STEP]) or (checkpoint is not None and checkpoint.has_saved)
         is_wanted = self._desk.mode is StopMode.SAVE
-        return {"code": int(Exit.SAVED if is_safe and is_new and is_wanted else Exit.TERMINATED)}
+        return {"code": int(Exit.SAVED if is_safe and is_new and is_wanted else self._unsaved())}
+
+    def _unsaved(self) -> Exit:
+        """The exit status where nothing new was saved. A launcher knows by itself who has asked, and is told one."""
+        if session.current() is not None:
+            return Exit.TERMINATED
+        return unsaved_after(self._desk.board[Word.SIGNALLED])
 
     def _left_s(self) -> float | None:
         deadline_ns = self._desk.deadline_ns

@@ -24,6 +24,11 @@ LEAST_MARGIN_S = 0.2
 """What is left for the way out, beyond the save itself."""
 
 
+def unsaved_after(number: int) -> Exit:
+    """The exit status where nothing new was saved after that signal; 0 where none has asked."""
+    return Exit.INTERRUPTED if number == signal.SIGINT else Exit.TERMINATED
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopRequest:
     """Somebody asks the job to stop."""
@@ -59,7 +64,7 @@ class StopRequest:
     @property
     def unsaved(self) -> Exit:
         """The exit status where nothing new was saved."""
-        return Exit.INTERRUPTED if self.signal == signal.SIGINT else Exit.TERMINATED
+        return unsaved_after(self.signal)
 
     def note(self, now_ns: int) -> dict[str, Any]:
         """For the other nodes: what they need to do the same, as JSON. Clocks differ, so it says what is left."""

@@ -181,6 +181,27 @@ fit()
     assert second.codes()[0] in (1, 130), second.said()
 
 
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_before_the_first_step_has_nothing_to_save_and_its_exit_code_names_the_signal(
+    started, number: str, code: int
+) -> None:
+    ranks = started(
+        f"""
+from elastic_fit.callbacks import desk
+class Told(Long):
+    def on_fit_start(self):
+        os.kill(os.getpid(), signal.{number})
+        while not desk.current().request:
+            time.sleep(0.001)
+Long = Told
+fit()
+""",
+        1,
+    )
+    assert ranks.codes() == [code], ranks.said()
+    assert ranks.step() == 0
+
+
 def test_a_dead_peer_costs_no_step_because_the_survivor_saves(started) -> None:
     ranks = started(
         """
