@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from datetime import timedelta
@@ -24,6 +25,8 @@ from elastic_fit.callbacks.seal import Purpose, Seals
 from elastic_fit.callbacks.stop import Stopper
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.store import CheckpointStore, LastN, is_remote, open_store, surplus
+
+log = logging.getLogger("elastic_fit")
 
 
 class ElasticCheckpoint(ModelCheckpoint):
@@ -107,6 +110,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         self.global_batch_size = global_batch_size
         self._cadence = Cadence(train_time_interval.total_seconds() if train_time_interval is not None else None)
         self._seals: Seals | None = None
+        self._store: CheckpointStore | None = None
         self._unranked_step = 0
         self._postponed: str | None = None
         self._validated = False
@@ -149,11 +153,11 @@ class ElasticCheckpoint(ModelCheckpoint):
                 f"{type(trainer.strategy).__name__} writes shards, which {self.dirpath} can't take",
                 hint="save sharded checkpoints to a folder of a file system that all nodes share",
             )
-        store = self._make_store(self.dirpath)
-        self._seals.add(self.dirpath, store)
+        self._store = self._make_store(self.dirpath)
+        self._seals.add(self.dirpath, self._store)
         if self._is_to_sweep(trainer):
             with self._seals.telling():  # the other ranks wait for what this one chooses
-                sweep(store)
+                sweep(self._store)
         return choose(self.resume, self.dirpath, trainer)
 
     def _is_to_sweep(self, trainer: pl.Trainer) -> bool:
@@ -180,14 +184,36 @@ class ElasticCheckpoint(ModelCheckpoint):
         worker = session.current()
         return worker.store(root) if worker else open_store(root)
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first moment at which the state is restored and a stop may save it."""
+        self._begin(trainer)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; what was counted before a restart still counts."""
         super().on_train_start(trainer, pl_module)
-        self.began_step = self.saved_step = trainer.global_step
+        self._begin(trainer)
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
         if self.emergency and self.is_active:
             self._replicas = agree(trainer)
             StepGuard.of(trainer).replicas = self._replicas
+
+    def _begin(self, trainer: pl.Trainer) -> None:
+        """Take note of the step that this ``fit`` begins at; rank 0 looks whether it has gone back behind others."""
+        self.began_step = self.saved_step = trainer.global_step
+        store = self._store
+        if store is None or self._seals is None or not self.is_active:
+            return
+        if trainer.is_global_zero:
+            with self._seals.telling():
+                behind = store.begin(trainer.global_step)
+                if behind is not None:
+                    log.warning(
+                        "elastic-fit: going on from step %d, behind %s (step %d): what is saved from here on is newer",
+                        trainer.global_step,
+                        behind.path.name,
+                        behind.manifest.step,
+                    )
+        store.branch = trainer.strategy.broadcast(store.branch)
 
     # triggers
 
@@ -291,15 +317,15 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _let_go(self, trainer: pl.Trainer) -> None:
         """Remove what retention doesn't keep: never what is ranked, and never the last valid one."""
-        place = self._seals.store_of(os.path.join(str(self.dirpath), "x")) if self._seals else None
-        if self._seals is None or place is None or (self.keep is None and self.monitor is None):
+        store = self._store
+        if self._seals is None or store is None or (self.keep is None and self.monitor is None):
             return
         ranked = {os.path.basename(path) for path in (*self.best_k_models, self.last_model_path)}
         resumed = os.path.basename(str(trainer.ckpt_path or ""))
         with self._seals.telling():
-            for name in surplus(place[0].valid(), LastN(self.keep or 1), pinned=frozenset({*ranked, resumed})):
+            for name in surplus(store.valid(), LastN(self.keep or 1), pinned=frozenset({*ranked, resumed})):
                 if name.startswith("step=") or self.monitor is None:
-                    place[0].remove(name)
+                    store.remove(name)
 
     @staticmethod
     def _link_checkpoint(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
@@ -322,8 +348,9 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._rescue(trainer, exception)
 
     def _rescue(self, trainer: pl.Trainer, why: BaseException) -> bool:
-        store = self._make_store(str(self.dirpath))
-        return rescue(trainer, store, why, began=self.began_step, replicas=self._replicas)
+        if self._store is None:
+            return False  # the training has not begun
+        return rescue(trainer, self._store, why, began=self.began_step, replicas=self._replicas)
 
     # state
 

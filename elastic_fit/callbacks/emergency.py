@@ -103,7 +103,7 @@ def rescue(
             purpose = Purpose(kind="emergency", reason=f"{type(error).__name__}: {error}"[:500])
             with saving_alone():
                 checkpoint = _lightning.capture(trainer)
-                facts = facts_of(trainer, purpose, checkpoint)
+                facts = facts_of(trainer, purpose, checkpoint, store.branch)
             if Seals.of(trainer).finite_check:
                 facts = replace(facts, finite=is_finite(checkpoint))
             save = persist if replicas is None else replicas.save
@@ -156,9 +156,8 @@ def _tell_loss(trainer: pl.Trainer, store: CheckpointStore, why: str, began: int
 
 
 def _newest_step(store: CheckpointStore) -> int:
-    """Of the valid ones of this generation, 0 where there is none: others may belong to an abandoned branch."""
-    mine = (one.manifest for one in store.valid())
-    return max((one.step for one in mine if one.generation == store.generation), default=0)
+    """Of the valid ones that this job has saved since it began, 0 where there is none."""
+    return max((one.manifest.step for one in store.valid() if store.wrote(one.manifest)), default=0)
 
 
 def _one_at_a_time(store: CheckpointStore) -> AbstractContextManager[object]:

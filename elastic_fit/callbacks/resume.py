@@ -45,7 +45,7 @@ def sweep(store: CheckpointStore) -> None:
     """
     lost = [] if is_remote(store.root) else unfinished(store.root)
     store.sweep()
-    safe = max((one.manifest.step for one in store.valid()), default=0) if lost else 0
+    safe = next((one.manifest.step for one in store.valid()), 0) if lost else 0
     newer = [one for one in lost if one.step > safe]
     if newer:
         why = "; ".join(one.why for one in newer)

@@ -109,7 +109,7 @@ class Seals:
     ) -> None:
         began = time.monotonic()
         trainer = self._trainer
-        facts = facts_of(trainer, self.purpose, checkpoint)
+        facts = facts_of(trainer, self.purpose, checkpoint, store.branch)
         if _lightning.writes_plain_files(trainer.strategy):
             if trainer.is_global_zero:
                 self._told(store, name, facts, began, lambda: self._write_file(checkpoint, store, name, facts))
@@ -289,8 +289,8 @@ def _floating(thing: Any) -> Iterable[torch.Tensor]:
             yield from _floating(value)
 
 
-def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any]) -> Facts:
-    """What the manifest of a captured state says."""
+def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any], branch: int) -> Facts:
+    """What the manifest of a captured state says that is saved to that branch."""
     worker = session.current()
     extra = dict(purpose.extra or {})
     metrics = _lightning.callback_metrics(trainer, ask_others=not is_saving_alone())
@@ -309,6 +309,7 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         reason=purpose.reason,
         run_id=worker.context.run_id if worker else "",
         generation=worker.context.generation if worker else 0,
+        branch=branch,
         metrics={name: float(value) for name, value in metrics.items()},
         versions={"torch": torch.__version__, "lightning": pl.__version__},
         extra=extra,

@@ -23,6 +23,8 @@ class Listed:
     kind: str | None
     reason: str | None
     generation: int | None
+    branch: int | None
+    """0, and one more each time that a training went back behind what was there: the highest is the newest."""
     world_size: int | None
     valid: bool
     why: str
@@ -46,7 +48,11 @@ def inventory(place: str, *, deep: bool = False) -> list[Listed]:
         return [_listed(one, verify(one, deep=deep))]
     found = [one for store in stores(place) for one in store.scan(deep=deep)]
     listed = [_listed(str(each), verdict) for each, verdict in found]
-    return sorted(listed, key=lambda one: (one.step is not None, one.step, one.generation, one.created), reverse=True)
+    return sorted(
+        listed,
+        key=lambda one: (one.step is not None, one.branch, one.step, one.generation, one.created),
+        reverse=True,
+    )
 
 
 def is_checkpoint(place: str) -> bool:
@@ -92,6 +98,7 @@ def _listed(path: str, verdict: Verdict) -> Listed:
         kind=manifest.kind if manifest else None,
         reason=manifest.reason if manifest else None,
         generation=manifest.generation if manifest else None,
+        branch=manifest.branch if manifest else None,
         world_size=manifest.world_size if manifest else None,
         valid=verdict.valid,
         why=verdict.why,

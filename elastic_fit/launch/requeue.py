@@ -167,7 +167,7 @@ def durable_steps(folder: RunDir) -> int:
     """Optimizer steps that the run's checkpoints hold, over all fits of the script."""
     fits: list[Path] = sorted(folder.checkpoints.glob("fit-*"))
     stores = [CheckpointStore(path).committed() for path in fits]
-    return sum(max((one.manifest.step for one in found), default=0) for found in stores)
+    return sum(found[0].manifest.step for found in stores if found)
 
 
 def _first_stop(events: list[Event]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from elastic_fit import ElasticCheckpoint, ElasticFitError, latest_valid
 from elastic_fit.supervisor.errors import NoValidCheckpoint
+from elastic_fit.supervisor.store import CheckpointStore
 from tests.checkpoint.models import At, Line, Validated, fall_over, names, trainer
 
 
@@ -93,6 +94,40 @@ def test_a_named_checkpoint_is_resumed_from_and_a_torn_one_refused(tmp_path: Pat
     named.write_bytes(b"torn")
     with pytest.raises(ElasticFitError, match="can't be resumed from"):
         resumed(tmp_path, resume=named)
+
+
+def survives(folder: Path, at: int, keep: int, **options: object) -> list[int]:
+    """The steps that are there, oldest first, after a training that dies at step `at`."""
+    checkpoint = ElasticCheckpoint(dirpath=folder, every_n_train_steps=2, keep=keep, **options)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        trainer(folder, checkpoint, At(at, fall_over)).fit(Line())
+    return [one.manifest.step for one in reversed(CheckpointStore(folder).valid())]
+
+
+def test_after_going_back_to_an_older_one_what_is_saved_since_is_kept_and_gone_on_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted(tmp_path, at=15)
+    assert survives(tmp_path, at=9, keep=2, resume=next(tmp_path.glob("*step=4.ckpt"))) == [4, 6, 8]
+    assert "going on from step 4, behind epoch=1-step=14.ckpt (step 14)" in caplog.text
+    assert resumed(tmp_path)[0] == 9
+
+
+def test_a_new_training_in_a_folder_that_holds_an_old_one_keeps_what_it_saves(tmp_path: Path) -> None:
+    interrupted(tmp_path, at=15)
+    assert survives(tmp_path, at=7, keep=2) == [4, 6]
+    assert resumed(tmp_path)[0] == 7
+
+
+def test_rotten_bits_in_the_newest_don_t_cost_what_is_saved_after_it_was_passed_over(tmp_path: Path) -> None:
+    interrupted(tmp_path, at=13, every=4)
+    newest = latest_valid(tmp_path).chosen
+    assert newest is not None
+    data = bytearray(newest.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.path.write_bytes(data)
+    assert survives(tmp_path, at=11, keep=1, resume="auto") == [8, 10]
+    assert resumed(tmp_path)[0] == 11
 
 
 def test_what_holds_nan_is_kept_and_never_selected(tmp_path: Path) -> None:

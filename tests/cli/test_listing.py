@@ -16,7 +16,8 @@ from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts
 
-COLUMNS = {"path", "step", "epoch", "kind", "reason", "generation", "world_size", "valid", "why", "bytes", "created"}
+COLUMNS = {"path", "step", "epoch", "kind", "reason", "generation", "branch"}
+COLUMNS |= {"world_size", "valid", "why", "bytes", "created"}
 
 
 @pytest.fixture

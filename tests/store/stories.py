@@ -41,7 +41,7 @@ def save(
     name = name or f"step={step}.ckpt"
     with store.stage(name) as staged:
         write(staged, step, shards)
-        staged.commit(Facts(step=step, generation=generation))
+        staged.commit(Facts(step=step, generation=generation, branch=store.branch))
     return name
 
 

@@ -84,6 +84,7 @@ ACTS = st.lists(
     st.one_of(
         st.tuples(st.just("save"), st.booleans(), CRASH),
         st.tuples(st.just("save again"), st.booleans(), CRASH),
+        st.tuples(st.just("go back"), st.integers(0, 40), st.none()),
         st.tuples(st.just("let go"), POLICIES, CRASH),
         st.tuples(st.just("damage"), st.integers(0, 3), st.none()),
     ),
@@ -98,11 +99,14 @@ class History:
         self.root = root
         self.generation = 1
         self.step = 0
-        self.acknowledged: set[int] = set()
+        self.branch = 0
+        self.acknowledged: set[tuple[int, int]] = set()
 
     def store(self, crash: int | None) -> CheckpointStore:
         disk = KilledAt(crash) if crash else CountingDisk()
-        return CheckpointStore(self.root, disk=disk, generation=self.generation)
+        store = CheckpointStore(self.root, disk=disk, generation=self.generation)
+        store.branch = self.branch
+        return store
 
     def act(self, kind: str, what: object, crash: int | None) -> bool:
         """Do it; returns whether the process has died of it."""
@@ -112,6 +116,11 @@ class History:
                 self.save(self.step, bool(what), crash)
             elif kind == "save again" and self.step:
                 self.save(self.step, bool(what), crash)
+            elif kind == "go back":
+                self.step = min(self.step, int(str(what)))
+                store = self.store(None)
+                store.begin(self.step)
+                self.branch = store.branch
             elif kind == "let go":
                 store = self.store(crash)
                 for name in surplus(store.valid(), what):  # type: ignore[arg-type]
@@ -126,21 +135,21 @@ class History:
 
     def save(self, step: int, in_shards: bool, crash: int | None) -> None:
         save(self.store(crash), step, shards=SHARDS if in_shards else (), generation=self.generation)
-        self.acknowledged.add(step)
+        self.acknowledged.add((self.branch, step))
 
     def damage(self, which: int) -> None:
         """One of the older checkpoints rots away, visibly: retention must not count it."""
         for one in self.store(None).valid()[1:][which : which + 1]:
             file = one.path / SHARDS[0] if one.path.is_dir() else one.path
             file.write_bytes(b"rotten")
-            self.acknowledged.discard(one.manifest.step)
+            self.acknowledged.discard((one.manifest.branch, one.manifest.step))
 
     def check(self) -> None:
         chosen = self.store(None).latest_valid().chosen
         assert chosen is not None or not self.acknowledged
         if chosen is not None:
             assert is_intact(chosen)
-            assert chosen.manifest.step >= max(self.acknowledged, default=0)
+            assert (chosen.manifest.branch, chosen.manifest.step) >= max(self.acknowledged, default=(0, 0))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,6 +163,19 @@ def test_the_newest_acknowledged_checkpoint_is_there_after_every_act_of_any_hist
             crashed = history.act(kind, what, crash)
             with tally.state() if crashed else contextlib.nullcontext():
                 history.check()
+
+
+def test_the_first_of_a_window_is_of_the_newest_branch_that_came_through_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20, 30, 60):
+        save(store, step)
+    behind = store.begin(20)
+    assert behind is not None
+    assert behind.manifest.step == 60
+    for step in (25, 35):
+        save(store, step)
+    goes = surplus(store.valid(), EverySteps(20))
+    assert goes == ["step=20.ckpt", "step=30.ckpt"], "25 is the first from 20 on, and 60 the only one from 60 on"
 
 
 def test_a_torn_checkpoint_does_not_count_among_those_to_keep(tmp_path: Path) -> None:

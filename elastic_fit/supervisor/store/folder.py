@@ -12,7 +12,7 @@ from elastic_fit.supervisor.store import leftovers
 from elastic_fit.supervisor.store.commit import Staged
 from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, exists, hidden_path, make_folders, remove_tree
 from elastic_fit.supervisor.store.generation import Fence, check_whether_replaced
-from elastic_fit.supervisor.store.manifest import SUFFIX, Manifest, check_relative
+from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, Manifest, check_relative
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.staging import SaveFailed
 from elastic_fit.supervisor.store.trust import check_folder
@@ -64,6 +64,9 @@ class CheckpointStore:
         fence: asked before every commit whether this process may still write.
         disk: the effects.
         generation: fencing number of the writer, part of temporary names.
+
+    Attributes:
+        branch: the line of history that is saved here, as far as `begin` has told.
     """
 
     def __init__(
@@ -73,7 +76,22 @@ class CheckpointStore:
         self._fence = fence
         self.disk = disk or Disk()
         self.generation = generation
+        self.branch = 0
         self._last_bytes: int | None = None
+
+    def begin(self, step: int) -> Checkpoint | None:
+        """A training begins at `step`: settle the `branch` of what it saves.
+
+        Returns the newest checkpoint where that is of a later step: it is left behind. Raises StorageError where the
+        folder can't be read.
+        """
+        newest = next(iter(self.committed()), None)
+        self.branch = branch_at(step, newest.manifest if newest else None)
+        return newest if newest and newest.manifest.branch != self.branch else None
+
+    def wrote(self, manifest: Facts) -> bool:
+        """Whether that is of this writer's generation and branch: others may have gone further, and been abandoned."""
+        return (manifest.generation, manifest.branch) == (self.generation, self.branch)
 
     def stage(self, name: str) -> Staged:
         """Begin a checkpoint of that name.
@@ -150,7 +168,7 @@ class CheckpointStore:
         return sorted(verdicts, key=lambda one: (_order(one[1]), one[0].name), reverse=True)
 
     def latest_valid(self) -> Selection:
-        """Order by (step, generation), verify deeply, take the first that holds.
+        """Order by (branch, step, generation), verify deeply, take the first that holds.
 
         Whatever has no readable manifest may be newer, for all that can be told: it counts as rejected.
         """
@@ -217,8 +235,16 @@ class CheckpointStore:
             raise StorageError(f"can't read {self.root}: {error.strerror or error}", hint=READABLE) from error
 
 
-def _order(verdict: Verdict) -> tuple[int, int, bool]:
-    return verdict.manifest.order if verdict.manifest else (-1, -1, False)
+def branch_at(step: int, newest: Facts | None) -> int:
+    """The branch of a training that begins at `step` in a folder whose newest checkpoint is `newest`.
+
+    What it saves has to be newer than all that is there: where that holds later steps, only another branch is.
+    """
+    return 0 if newest is None else newest.branch + (newest.step > step)
+
+
+def _order(verdict: Verdict) -> tuple[int, int, int, bool]:
+    return verdict.manifest.order if verdict.manifest else (-1, -1, -1, False)
 
 
 def open_store(place: Path | Url | str, *, fence: Fence = NO_FENCE, generation: int = 0) -> CheckpointStore:

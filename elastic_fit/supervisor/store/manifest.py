@@ -59,6 +59,8 @@ class Facts:
     run_id: str = ""
     generation: int = 0
     """Fencing number of the supervisor that wrote it."""
+    branch: int = 0
+    """Which line of history it is of: a training that begins behind what its folder holds begins the next one."""
     finite: bool | None = None
     """False where parameters or optimizer state hold NaN or Inf: kept, never resumed from. None where unknown."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -67,8 +69,8 @@ class Facts:
     """JSON, for what others need to know, such as ``finished``."""
 
     def __post_init__(self) -> None:
-        if self.step < 0 or self.generation < 0 or self.world_size < 1:
-            raise ValueError("step and generation must be >= 0 and world_size >= 1")
+        if min(self.step, self.generation, self.branch) < 0 or self.world_size < 1:
+            raise ValueError("step, generation and branch must be >= 0 and world_size >= 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +86,9 @@ class Manifest(Facts):
     schema_version: int = SCHEMA_VERSION
 
     @property
-    def order(self) -> tuple[int, int, bool]:
+    def order(self) -> tuple[int, int, int, bool]:
         """What checkpoints are ordered by; of two at the same point, the one that says the fit has ended is newer."""
-        return self.step, self.generation, bool(self.extra.get("finished"))
+        return self.branch, self.step, self.generation, bool(self.extra.get("finished"))
 
     @property
     def total_bytes(self) -> int:
@@ -169,6 +171,8 @@ def _build(record: dict[str, Any]) -> Manifest:
     for name in ("metrics", "versions", "extra"):
         if not isinstance(known.get(name, {}), dict):
             raise ManifestError(f"{name} must be an object")
+    if type(known.get("branch", 0)) is not int:
+        raise ManifestError("branch must be int")
     if not isinstance(known.get("name", ""), str):
         raise ManifestError("name must be a text")
     if type(known.get("created", 0.0)) not in (int, float):

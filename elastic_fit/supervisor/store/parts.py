@@ -149,9 +149,9 @@ class Meeting:
         return self._store.join(self._name, hidden_path(target, TEMPORARY, self._store.generation))
 
     def is_over(self) -> bool:
-        """Whether this generation has committed the checkpoint."""
+        """Whether this generation has committed the checkpoint, and it is no other branch's."""
         verdict = verify(self._store.root / self._name, deep=False)
-        return verdict.valid and verdict.manifest is not None and verdict.manifest.generation == self._store.generation
+        return verdict.valid and verdict.manifest is not None and self._store.wrote(verdict.manifest)
 
     def leave(self, staged: Staged, part: Part) -> None:
         """Say that a part is whole: all of its files are durable. Raises StorageError where the disk refuses."""

@@ -201,6 +201,7 @@ class RemoteStore(CheckpointStore):
         self.root = Url(str(root).rstrip("/"))
         self._fence = fence
         self.generation = generation
+        self.branch = 0
         self._part_bytes = part_bytes
         self._objects = Objects(self.root)
 

@@ -30,16 +30,18 @@ class LastN:
 
 @dataclass(frozen=True, slots=True)
 class EverySteps:
-    """The first checkpoint of every window of so many optimizer steps."""
+    """The first checkpoint of every window of so many optimizer steps, of the newest branch that came through it."""
 
     steps: int
 
     def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
         """See `Retention`."""
-        windows: dict[int, str] = {}
+        windows: dict[int, Checkpoint] = {}
         for one in valid:
-            windows[one.manifest.step // self.steps] = one.path.name
-        return set(windows.values())
+            found = windows.setdefault(one.manifest.step // self.steps, one)
+            if found.manifest.branch == one.manifest.branch:
+                windows[one.manifest.step // self.steps] = one
+        return {one.path.name for one in windows.values()}
 
 
 @dataclass(frozen=True, slots=True)
