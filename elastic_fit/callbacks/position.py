@@ -61,6 +61,10 @@ class DataPosition(pl.Callback):
         self._restored: list[dict[str, Any] | None] = []
         self._reloaded_at: int | None = None
         self._states: list[list[Any] | None] = []
+        self._resumed_step = 0
+        self.global_batch_change: dict[str, int] | None = None
+        """The last time that an optimizer step came to take another number of samples: ``before``, ``now``, and after
+        which ``step``; None where it always took as many. Goes with every later checkpoint."""
 
     @property
     def state_key(self) -> str:
@@ -147,12 +151,14 @@ class DataPosition(pl.Callback):
             "loaders": self.positions(),
             "reloaded_at": _loaders.reload_epoch(trainer),
             "states": [_states_of_all(loader) for loader in _loaders.train_loaders(trainer)],
+            "global_batch_change": self.global_batch_change,
         }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Lightning would have every rank's loader go on from rank 0's state."""
+        self._resumed_step = int(checkpoint.get("global_step", 0))
         if "states" in checkpoint.get("callbacks", {}).get(self.state_key, {}):
             _loaders.drop_loader_states(checkpoint)
 
@@ -161,6 +167,7 @@ class DataPosition(pl.Callback):
         self._restored = list(state_dict.get("loaders", []))
         self._reloaded_at = state_dict.get("reloaded_at")
         self._states = list(state_dict.get("states", []))
+        self.global_batch_change = state_dict.get("global_batch_change")
 
     def _prepared(self, loader: object, shuffle: bool, is_dealt: bool, usual: _loaders.Usual) -> object:
         """The loader, dealt by us; as Lightning prepares it where its position can't be kept, or it keeps it itself."""
@@ -275,7 +282,10 @@ class DataPosition(pl.Callback):
 
     def _tell_of_change(self, before: int | None, now: int | None) -> None:
         """Say that an optimizer step takes another number of samples than it did."""
-        if before is None or before == now or self._trainer is None or not self._trainer.is_global_zero:
+        if before is None or now is None or before == now or self._trainer is None:
+            return
+        self.global_batch_change = {"before": before, "now": now, "step": self._resumed_step}
+        if not self._trainer.is_global_zero:
             return
         worker = session.current()
         if worker is not None:

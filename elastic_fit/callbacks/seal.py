@@ -299,6 +299,10 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
     position = next((one for one in _lightning.callbacks_of(trainer) if isinstance(one, DataPosition)), None)
     if position is not None and (batch := position.global_batch()) is not None:
         extra["global_batch"] = batch
+        if position.global_batch_change is not None:
+            extra["global_batch_change"] = dict(position.global_batch_change)
+    if rates := _learning_rates(checkpoint):
+        extra["lr"] = rates
     return Facts(
         step=trainer.global_step,
         epoch=checkpoint["epoch"],
@@ -314,3 +318,9 @@ def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any
         versions={"torch": torch.__version__, "lightning": pl.__version__},
         extra=extra,
     )
+
+
+def _learning_rates(checkpoint: Mapping[str, Any]) -> list[float]:
+    """Of every group of parameters of every optimizer, as captured."""
+    groups = [group for state in checkpoint.get("optimizer_states", []) for group in state.get("param_groups", [])]
+    return [float(group["lr"]) for group in groups if "lr" in group]

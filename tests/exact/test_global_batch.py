@@ -158,10 +158,14 @@ def manifest_of(outcome: Outcome) -> dict[str, Any]:
 def test_without_the_flag_a_changed_global_batch_is_said_and_written_down(elastic: Elastic) -> None:
     first = train(elastic, "At(3, fall_over)", 2, "--fresh")
     assert first.code == 1
-    assert manifest_of(first)["extra"]["global_batch"] == 6
-    second = train(elastic, "", 1)
+    told = manifest_of(first)["extra"]
+    assert (told["global_batch"], told["lr"], "global_batch_change" in told) == (6, [RATE], False)
+    saved = first.steps()
+    second = train(elastic, "At(9, die)", 1, "--max-restarts", "1")
     assert second.code == 0, second.output()
-    assert manifest_of(second)["extra"]["global_batch"] == 3
+    told = manifest_of(second)["extra"]
+    assert (told["global_batch"], told["lr"]) == (3, [RATE])
+    assert told["global_batch_change"] == {"before": 6, "now": 3, "step": saved[-1]}
     assert [(event["before"], event["now"]) for event in second.events("global_batch")] == [(6, 3)]
     assert "an optimizer step takes 3 samples from here on, not 6" in second.output()
 
