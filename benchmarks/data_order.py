@@ -1,5 +1,7 @@
 """What keeping the order of samples costs: per sample, in memory, and until the first batch of a resumed epoch.
 
+Beside it, what it costs to seed the random streams of each sample, in a DataLoader's worker processes.
+
 python benchmarks/data_order.py
 python benchmarks/data_order.py --samples 10000000
 """
@@ -9,13 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from elastic_fit import ElasticSampler
-from elastic_fit.callbacks.data import COMPUTED_ABOVE
+from elastic_fit.callbacks.data import COMPUTED_ABOVE, seed_of
+from elastic_fit.callbacks.streams import seed_reading_streams, seed_streams
 
 
 class Numbers:
@@ -49,6 +52,14 @@ def peak_bytes(size: int) -> int:
     return peak
 
 
+def seeding_s(seed: Callable[[int], None], samples: int) -> float:
+    """Seconds of CPU to seed the streams of a sample."""
+    began = time.process_time()
+    for place in range(samples):
+        seed(seed_of(7, place))
+    return (time.process_time() - began) / samples
+
+
 def first_batch_s(size: int, consumed: int) -> float:
     """Seconds of CPU from the start of an epoch's pass to its first batch."""
     sampler = ElasticSampler(Numbers(size), num_replicas=2, rank=0)
@@ -75,6 +86,9 @@ def main() -> None:
     print("memory of a pass over a million samples, beside torch's own tensor of 8 bytes a sample")
     print(f"  of {size:,}                  {peak_bytes(size) / 2**20:8.3f} MiB")
     print(f"  of {large:,} (computed)  {peak_bytes(large) / 2**20:8.3f} MiB, and no tensor")
+    print("seconds per sample to seed its streams (Python's, NumPy's, torch's), in worker processes of a DataLoader")
+    print(f"  of the devices in use            {seeding_s(seed_reading_streams, 20_000) * 1e6:8.3f} us")
+    print(f"  of all, by torch.manual_seed     {seeding_s(seed_streams, 1_000) * 1e6:8.3f} us (not done)")
     print("seconds to the first batch of an epoch, by the position in it")
     for share in (0, 0.5, 0.99):
         print(f"  {share:4.0%}   {first_batch_s(size, int(size * share)):.3f} s", end="")

@@ -20,7 +20,7 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from elastic_fit.callbacks.augmentation import Draws, SeededDataset
 from elastic_fit.callbacks.data import seed_of
-from elastic_fit.callbacks.streams import seed_streams
+from elastic_fit.callbacks.streams import seed_reading_streams
 
 Usual = Callable[[], object]
 """What Lightning would do."""
@@ -129,7 +129,7 @@ def seed_each_sample() -> None:
             return fetch(self, indices)
         dataset = self.dataset
         if getattr(dataset, "__getitems__", None):
-            seed_streams(seed_of(indices.seed, indices.places[0]))
+            seed_reading_streams(seed_of(indices.seed, indices.places[0]))
             return fetch(self, indices)
         self.dataset = SeededDataset(dataset, indices)
         try:

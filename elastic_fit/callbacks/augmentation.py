@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, Sampler
 
 from elastic_fit.callbacks.data import ElasticSampler, seed_of
-from elastic_fit.callbacks.streams import seed_streams
+from elastic_fit.callbacks.streams import seed_reading_streams
 
 
 class Draws(list[int]):
@@ -87,5 +87,5 @@ class SeededDataset:
         self._places = iter(draws.places)
 
     def __getitem__(self, index: int) -> Any:
-        seed_streams(seed_of(self._seed, next(self._places)))
+        seed_reading_streams(seed_of(self._seed, next(self._places)))
         return self._dataset[index]

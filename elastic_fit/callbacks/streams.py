@@ -64,7 +64,21 @@ def derive_streams(seed: int, rank: int, batches: int) -> None:
 
 
 def seed_streams(value: int) -> None:
-    """Seed Python's, NumPy's and torch's streams of this process."""
+    """Seed Python's, NumPy's and torch's streams of this process, on every device that it uses or will use."""
     random.seed(value)
     np.random.seed(value % _NUMPY_SEEDS)
     torch.manual_seed(value)
+
+
+def seed_reading_streams(value: int) -> None:
+    """The same in a process that reads data, for each sample: on the CPU, and on CUDA devices that are in use.
+
+    For a device that isn't in use, ``torch.manual_seed`` keeps the seed and who asked for it, in case it will be: that
+    takes a hundred times as long as the streams themselves. A process that begins to use one while it reads a sample
+    draws there, for that sample, from the stream that torch seeded as the process began.
+    """
+    random.seed(value)
+    np.random.seed(value % _NUMPY_SEEDS)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
