@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, WeightedRandomSampler
 
 from elastic_fit import ElasticSampler
 from elastic_fit.callbacks.data import order_of
@@ -120,3 +120,32 @@ def test_a_short_loader_gone_through_again_is_found_where_it_was(
     resumed = ElasticSampler(range(size), num_replicas=ranks, rank=0)
     resumed.start_at(0, consumed, taken_before=in_pass * batch, began_at_batch=first)
     assert place_after(resumed, second, batch) == place_after(whole, first + second, batch)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(0, 60),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+def test_a_resumed_loader_goes_on_with_the_batches_that_were_next_or_stays_over(
+    size: int, ranks: int, batch: int, done: int, drop_last: bool, is_cycled: bool, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(0, ranks - 1))
+
+    def sampler() -> ElasticSampler:
+        return ElasticSampler(range(size), num_replicas=ranks, rank=rank, drop_last=drop_last)
+
+    one_pass = list(BatchSampler(sampler(), batch, drop_last))
+    assume(one_pass)
+    consumed, in_pass = place_after(sampler(), done, batch, drop_last=drop_last, is_cycled=is_cycled)
+    resumed = sampler()
+    resumed.start_at(0, consumed, taken_before=in_pass * batch, began_at_batch=done)
+    rest = list(BatchSampler(resumed, batch, drop_last))
+    if is_cycled:
+        assert (rest + one_pass)[: len(one_pass)] == (one_pass * (done + 2))[done : done + len(one_pass)]
+    else:
+        assert rest == one_pass[done:]
