@@ -258,14 +258,14 @@ def roll_back_to_boundary(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> No
         state["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
-def resume_from(trainer: pl.Trainer, path: str) -> None:
-    """Have this ``fit`` restore `path`, whatever it was called with. To be called from a ``setup`` hook."""
+def decide_restore(trainer: pl.Trainer, decide: Callable[[Any], Any]) -> None:
+    """Have this ``fit`` restore what `decide` makes of the path that it was called with. For a ``setup`` hook."""
     connector = trainer._checkpoint_connector
     restore = connector._restore_modules_and_callbacks
 
-    def restore_ours(_: Any = None, weights_only: bool | None = None) -> None:
+    def restore_ours(path: Any = None, weights_only: bool | None = None) -> None:
         connector._restore_modules_and_callbacks = restore  # type: ignore[method-assign]
-        restore(path, weights_only)
+        restore(decide(path), weights_only)
 
     connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign, assignment]
 

@@ -20,7 +20,7 @@ from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.epilogue import Epilogue
 from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.replicas import Replicas, agree
-from elastic_fit.callbacks.resume import choose, sweep
+from elastic_fit.callbacks.resume import approved, choose, sweep
 from elastic_fit.callbacks.seal import Purpose, Seals
 from elastic_fit.callbacks.stop import Stopper
 from elastic_fit.supervisor.errors import UsageError
@@ -140,8 +140,12 @@ class ElasticCheckpoint(ModelCheckpoint):
         if self.emergency:
             self._add_guards(trainer)
             StepGuard.of(trainer)
-        if path is not None:
-            _lightning.resume_from(trainer, path)
+        if is_fit:
+            _lightning.decide_restore(trainer, lambda given: path or self._approved(trainer, given))
+
+    def _approved(self, trainer: pl.Trainer, path: Any) -> Any:
+        """The checkpoint that ``fit`` was called with, verified."""
+        return approved(path, trainer)
 
     def _open(self, trainer: pl.Trainer) -> str | None:
         """Seal the folder, sweep it, and choose what of it to go on from."""

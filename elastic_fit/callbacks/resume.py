@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError
-from elastic_fit.supervisor.store import CheckpointStore, is_remote, latest_valid, local_path, verify
+from elastic_fit.supervisor.store import CheckpointStore, Verdict, is_remote, latest_valid, local_path, verify
 from elastic_fit.supervisor.store.parts import unfinished
 
 log = logging.getLogger("elastic_fit")
@@ -35,6 +35,23 @@ def choose(
     path, refusal = trainer.strategy.broadcast(answer)
     if refusal:
         raise NoValidCheckpoint(refusal, hint="move the folder away to start over, or give resume= a checkpoint")
+    return path
+
+
+def approved(path: str | os.PathLike[str] | None, trainer: pl.Trainer) -> str | os.PathLike[str] | None:
+    """`path` as it was given to ``fit``, if it holds or has no seal: what others have written Lightning loads as ever.
+
+    Raises NoValidCheckpoint on every rank where it is sealed and isn't what was saved, as rank 0 sees it.
+    """
+    if not path:
+        return path
+    refusal = None
+    if trainer.is_global_zero:
+        real, verdict = _verified(os.fspath(path))
+        refusal = None if verdict.valid or not verdict.is_sealed else _refusal(real, verdict)
+    refusal = trainer.strategy.broadcast(refusal)
+    if refusal:
+        raise NoValidCheckpoint(refusal, hint="without its manifest it is loaded as any file is, whatever it holds")
     return path
 
 
@@ -70,6 +87,15 @@ def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | N
 
 
 def _named(path: str) -> tuple[str | None, str | None]:
+    path, verdict = _verified(path)
+    return (path, None) if verdict.valid else (None, _refusal(path, verdict))
+
+
+def _verified(path: str) -> tuple[str, Verdict]:
+    """The checkpoint itself, where that is the name of a link, and whether it is whole."""
     path = path if is_remote(path) else str(local_path(path).resolve())
-    verdict = verify(path)
-    return (path, None) if verdict.valid else (None, f"{path} can't be resumed from: {verdict.why}")
+    return path, verify(path)
+
+
+def _refusal(path: str, verdict: Verdict) -> str:
+    return f"{path} can't be resumed from: {verdict.why}"

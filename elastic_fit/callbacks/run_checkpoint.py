@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
@@ -86,6 +87,10 @@ class RunCheckpoint(ElasticCheckpoint):
         self.save_top_k = kept
         checkpoints = self._worker.folder.checkpoints
         Seals.of(trainer).add(checkpoints, self._worker.store(checkpoints))
+
+    def _approved(self, trainer: pl.Trainer, path: Any) -> Any:
+        """The launcher has verified the run's own, or was told to take it as it is."""
+        return path if self._point is not None else super()._approved(trainer, path)
 
     @property
     def is_active(self) -> bool:

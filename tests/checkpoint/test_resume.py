@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -65,9 +66,7 @@ def test_one_flipped_bit_is_enough_to_be_passed_over(tmp_path: Path) -> None:
     interrupted(tmp_path)
     newest = latest_valid(tmp_path).chosen
     assert newest is not None
-    data = bytearray(newest.path.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.path.write_bytes(data)
+    flip_a_bit(newest.path)
     assert resumed(tmp_path)[0] == 5
 
 
@@ -94,6 +93,29 @@ def test_a_named_checkpoint_is_resumed_from_and_a_torn_one_refused(tmp_path: Pat
     named.write_bytes(b"torn")
     with pytest.raises(ElasticFitError, match="can't be resumed from"):
         resumed(tmp_path, resume=named)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_fit_is_called_with_is_verified_if_it_is_sealed_and_loaded_as_ever_if_not(tmp_path: Path) -> None:
+    interrupted(tmp_path / "sealed")
+    named = next((tmp_path / "sealed").glob("*step=4.ckpt"))
+    foreign = Path(shutil.copy(named, tmp_path / "foreign.ckpt"))
+
+    def steps_from(path: Path) -> list[int]:
+        steps = Steps()
+        checkpoint = ElasticCheckpoint(dirpath=tmp_path / "again", every_n_train_steps=2)
+        trainer(tmp_path, steps, checkpoint, max_epochs=1).fit(Line(), ckpt_path=path)
+        return steps.seen
+
+    assert steps_from(foreign) == steps_from(named) == [5, 6, 7, 8]
+    flip_a_bit(named)
+    with pytest.raises(NoValidCheckpoint, match=r"step=4\.ckpt can't be resumed from: .* its digest differs"):
+        steps_from(named)
 
 
 def survives(folder: Path, at: int, keep: int, **options: object) -> list[int]:
@@ -123,9 +145,7 @@ def test_rotten_bits_in_the_newest_don_t_cost_what_is_saved_after_it_was_passed_
     interrupted(tmp_path, at=13, every=4)
     newest = latest_valid(tmp_path).chosen
     assert newest is not None
-    data = bytearray(newest.path.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.path.write_bytes(data)
+    flip_a_bit(newest.path)
     assert survives(tmp_path, at=11, keep=1, resume="auto") == [8, 10]
     assert resumed(tmp_path)[0] == 11
 

@@ -44,6 +44,19 @@ def test_a_pretrained_checkpoint_serves_until_the_run_has_its_own(elastic: Elast
     assert outcome.notes("trained").count("3") == 1
 
 
+def test_a_sealed_checkpoint_of_another_run_is_refused_where_it_is_rotten(elastic: Elastic, tmp_path) -> None:
+    first = elastic("trainer(max_epochs=1).fit(Model())\n", "--checkpoint-steps", "3", workers=1)
+    rotten = first.run.rename(tmp_path / "other") / "checkpoints" / "fit-1" / "step=15.ckpt"
+    data = bytearray(rotten.read_bytes())
+    data[len(data) // 2] ^= 1
+    rotten.write_bytes(data)
+    body = f"trainer(max_epochs=2).fit(Model(), ckpt_path={str(rotten)!r})\n"
+    refused = elastic(body, "--max-restarts", "0", workers=1)
+    assert refused.code == 1
+    assert f"{rotten} can't be resumed from: step=15.ckpt is not what was written" in refused.said
+    assert refused.notes("trained")[16:] == []
+
+
 def test_a_lightning_cli_script_with_a_config(elastic: Elastic, tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(
         "trainer:\n  max_epochs: 1\n  logger: false\n  enable_progress_bar: false\n  accelerator: cpu\n"

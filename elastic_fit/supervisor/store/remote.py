@@ -42,7 +42,7 @@ from elastic_fit.supervisor.store.manifest import (
 from elastic_fit.supervisor.store.objects import Objects, Url
 from elastic_fit.supervisor.store.staging import SaveFailed, Staging
 from elastic_fit.supervisor.store.stream import DigestingStream
-from elastic_fit.supervisor.store.verify import Verdict, judged
+from elastic_fit.supervisor.store.verify import Verdict, judged, unsealed
 
 PART_BYTES = 64 << 20
 """Size of an upload's parts. S3 takes 10,000 of them, so this allows for checkpoints of up to 640 GB."""
@@ -319,7 +319,7 @@ def verify_object(url: Url, *, deep: bool) -> Verdict:
         # On a small object the range is cut short; one byte more than allowed is enough to refuse a large one.
         manifest = Manifest.parse(objects.read(name + SUFFIX, 0, MAX_BYTES + 1))
     except FileNotFoundError:
-        return Verdict(valid=False, why="it has no manifest: never committed, or not written by elastic-fit")
+        return unsealed()
     except (ManifestError, OSError) as error:
         return Verdict(valid=False, why=f"its manifest can't be read: {error}")
     if not manifest.belongs_to(name):

@@ -32,6 +32,8 @@ class Verdict:
     """Why it isn't, in a line."""
     manifest: Manifest | None = None
     """Where it could be read."""
+    is_sealed: bool = True
+    """Whether there is a manifest at all, be it a torn one."""
     depth: str = "quick"
     """How closely it was looked at: ``quick`` (names and sizes), ``deep`` (every byte was read), or ``known`` (this
     process has read or written every byte before, and the files are unchanged)."""
@@ -56,7 +58,7 @@ def verify(path: Path | Url | str, *, deep: bool = True) -> Verdict:
     try:
         manifest = read_manifest(data)
     except FileNotFoundError:
-        return Verdict(valid=False, why="it has no manifest: never committed, or not written by elastic-fit")
+        return unsealed()
     except ManifestError as error:
         return Verdict(valid=False, why=error.message)
     except OSError as error:
@@ -68,6 +70,12 @@ def verify(path: Path | Url | str, *, deep: bool = True) -> Verdict:
     except OSError as error:
         return Verdict(valid=False, why=f"{error.filename} can't be read: {error.strerror}", manifest=manifest)
     return judged(manifest, why, depth)
+
+
+def unsealed() -> Verdict:
+    """The verdict on what has no manifest."""
+    why = "it has no manifest: never committed, or not written by elastic-fit"
+    return Verdict(valid=False, why=why, is_sealed=False)
 
 
 def judged(manifest: Manifest, why: str | None, depth: str) -> Verdict:
