@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import hold
+from elastic_fit.supervisor.store import CheckpointStore, hold
 from tests.launching import Elastic, Outcome
 
 EVERY_STEP_ONCE = [str(step) for step in range(1, 17)]
@@ -182,3 +182,31 @@ def test_a_worker_whose_descriptors_have_run_out_goes_on_and_saves_again_when_it
     assert 6 not in outcome.steps()
     assert f"a save failed: {failed['error']}" in outcome.said
     assert failed["error"] in outcome.output()
+
+
+@pytest.mark.parametrize(("flags", "finite", "goes_on_from"), [((), False, 3), (("--no-finite-check",), None, 16)])
+def test_what_holds_nan_is_passed_over_unless_one_has_said_not_to_look_for_it(
+    elastic: Elastic, flags: tuple[str, ...], finite: bool | None, goes_on_from: int
+) -> None:
+    outcome = elastic(
+        """
+        class Diverges(Model):
+            def on_train_batch_start(self, batch, batch_idx):
+                if self.global_step == 4:
+                    torch.nn.init.constant_(self.layer.weight, float("nan"))
+
+        trainer(max_epochs=1).fit(Diverges())
+        """,
+        "--checkpoint-steps",
+        "3",
+        "--keep",
+        "9",
+        *flags,
+        workers=1,
+    )
+    assert outcome.code == 0, outcome.output()
+    store = CheckpointStore(outcome.run / "checkpoints" / "fit-1")
+    assert {one.manifest.finite for one in store.committed() if one.manifest.step > 4} == {finite}
+    chosen = store.latest_valid().chosen
+    assert chosen is not None
+    assert chosen.manifest.step == goes_on_from
