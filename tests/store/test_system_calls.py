@@ -25,6 +25,8 @@ pytestmark = pytest.mark.system
 
 CHANGING = "write pwrite64 writev fsync fdatasync ftruncate rename renameat renameat2 link linkat symlink symlinkat"
 CHANGING += " unlink unlinkat mkdir mkdirat rmdir openat"
+ERRING = ("a file in place of another", "a folder of two shards", "two folders let go", "the swap of last.ckpt")
+"""The stories in which every call fails with every error."""
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
 CALL = re.compile(r"^\d+ +(\w+)\((.*)")
@@ -103,7 +105,7 @@ def test_an_error_from_every_system_call_is_told_and_loses_nothing(error: str, m
         return name, copy, traced(name, copy, "-e", f"inject={call.name}:error={error}:when={call.nth}")
 
     def injections() -> Iterator[tuple[str, Call, Path]]:
-        for name in ("a file in place of another", "a folder of two shards"):
+        for name in ERRING:
             for kind in ("whole", "prepared"):
                 (memory / name / kind).mkdir(parents=True)
             for call, copy in each(name, memory / name):
