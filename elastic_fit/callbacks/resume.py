@@ -76,13 +76,16 @@ def _newest(dirpath: str | os.PathLike[str] | None) -> tuple[str | None, str | N
         selection = latest_valid(os.fspath(dirpath))
     except StorageError as error:
         return None, error.message  # the other ranks wait for an answer
-    for one in selection.rejected:
+    for one in (*selection.rejected, *selection.unfit):
         rank_zero_info(f"elastic-fit: not resuming from {one.path}: {one.why}")
     if selection.chosen is not None:
         return str(selection.chosen.path), None
     if selection.rejected:
         return None, f"none of the {len(selection.rejected)} checkpoints in {dirpath} can be used"
-    rank_zero_info(f"elastic-fit: no checkpoint in {dirpath}: starting at step 0")
+    found = (
+        f"nothing in {dirpath} that a training could go on from" if selection.unfit else f"no checkpoint in {dirpath}"
+    )
+    rank_zero_info(f"elastic-fit: {found}: starting at step 0")
     return None, None
 
 

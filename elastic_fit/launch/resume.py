@@ -16,7 +16,6 @@ from elastic_fit.supervisor.store import (
     CheckpointStore,
     Rejected,
     Selection,
-    Url,
     newest_generation,
     verify,
 )
@@ -101,10 +100,9 @@ class ResumeChooser:
             selection = self._named(self._explicit, selection)
         chosen = selection.chosen
         self._note(fit, selection)
-        if chosen is not None:
-            self._tell_rejected(chosen.path, selection)
         if chosen is None and selection.rejected:
             raise _all_rejected(self._folder.fit(fit), selection)
+        self._tell_rejected(chosen, selection)
         return _point(fit, chosen) if chosen else None
 
     def _named(self, path: Path, own: Selection) -> Selection:
@@ -123,11 +121,12 @@ class ResumeChooser:
         chosen = Checkpoint(path=path, manifest=verdict.manifest)
         return Selection(chosen=chosen, rejected=rejected, verified=verdict.depth if verdict.valid else "forced")
 
-    def _tell_rejected(self, chosen: Path | Url, selection: Selection) -> None:
-        for one in selection.rejected:
+    def _tell_rejected(self, chosen: Checkpoint | None, selection: Selection) -> None:
+        for one in (*selection.rejected, *selection.unfit):
             if one not in self._told:
                 self._told.add(one)
-                self._tell(f"{'forced' if one.path == chosen else 'passed over'}: {one.path}: {one.why}")
+                is_forced = chosen is not None and one.path == chosen.path
+                self._tell(f"{'forced' if is_forced else 'passed over'}: {one.path}: {one.why}")
 
     def _note(self, fit: int, selection: Selection) -> None:
         if self._ledger is None:

@@ -118,6 +118,18 @@ def test_what_fit_is_called_with_is_verified_if_it_is_sealed_and_loaded_as_ever_
         steps_from(named)
 
 
+def test_weights_alone_are_nothing_to_go_on_from_and_it_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, ElasticCheckpoint(dirpath=tmp_path, save_weights_only=True), max_epochs=1).fit(Line())
+    with caplog.at_level("INFO"):
+        assert resumed(tmp_path, max_epochs=1)[0] == 1
+    (name,) = (name for name in names(tmp_path) if "v1" not in name and name.endswith("step=8.ckpt"))
+    assert f"not resuming from {tmp_path / name}: it holds weights only" in caplog.text
+    assert f"nothing in {tmp_path} that a training could go on from: starting at step 0" in caplog.text
+    assert "no checkpoint in" not in caplog.text
+
+
 def survives(folder: Path, at: int, keep: int, **options: object) -> list[int]:
     """The steps that are there, oldest first, after a training that dies at step `at`."""
     checkpoint = ElasticCheckpoint(dirpath=folder, every_n_train_steps=2, keep=keep, **options)

@@ -44,6 +44,8 @@ class Selection:
 
     chosen: Checkpoint | None
     rejected: tuple[Rejected, ...] = ()
+    unfit: tuple[Rejected, ...] = ()
+    """Whole and newer than the chosen one, but nothing to go on from; no reason to refuse a start, either."""
     verified: str = ""
     """How the chosen one was verified: see `Verdict.depth`."""
 
@@ -174,6 +176,7 @@ class CheckpointStore:
         """
         quick = self.scan()
         rejected = [Rejected(path=path, why=verdict.why) for path, verdict in quick if verdict.manifest is None]
+        unfit: list[Rejected] = []
         for path, verdict in quick:
             if verdict.manifest is None:
                 continue
@@ -181,11 +184,12 @@ class CheckpointStore:
                 verdict = verify(path)
             if verdict.valid and verdict.manifest is not None:
                 if verdict.manifest.extra.get("weights_only"):
-                    continue  # whole, but nothing that a training could go on from
+                    unfit.append(Rejected(path=path, why="it holds weights only"))
+                    continue
                 chosen = Checkpoint(path=path, manifest=verdict.manifest)
-                return Selection(chosen=chosen, rejected=tuple(rejected), verified=verdict.depth)
+                return Selection(chosen=chosen, rejected=tuple(rejected), unfit=tuple(unfit), verified=verdict.depth)
             rejected.append(Rejected(path=path, why=verdict.why))
-        return Selection(chosen=None, rejected=tuple(rejected))
+        return Selection(chosen=None, rejected=tuple(rejected), unfit=tuple(unfit))
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint. Raises StorageError where the disk refuses; the next sweep finishes what has begun."""
