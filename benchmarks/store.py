@@ -1,6 +1,6 @@
 """What a sealed save costs beside writing the same bytes, and beside what others do with the same state.
 
-    python benchmarks/store.py                                # 1 GB and 4 GB; six to eight minutes
+    python benchmarks/store.py                                # 1 GB and 4 GB; eight to ten minutes
     python benchmarks/store.py --sizes 0.25 --rounds 3 --folder /mnt/scratch
     python benchmarks/store.py --sizes 4 --arms raw,elastic-fit --seconds 200    # more rounds of less
 
