@@ -52,7 +52,7 @@ class Figures:
 def measure(count: int) -> Figures:
     """Form a job of that size, let it run, and take a node's power."""
     bounds = Bounds(least=1, most=count)
-    world = World(bounds, tick_s=TICK_S)
+    world = World(bounds, tick_s=TICK_S, memory=1)
     for number in range(count):
         world.add(f"h{number:05d}")
     world.run_until(lambda w: w.trains_with(count), 60)
@@ -77,7 +77,7 @@ def measure(count: int) -> Figures:
         newest = w.cell.history[-1]
         if newest.phase is Phase.GATHERING and not lead_us:
             leader = w.hosts[newest.leader]
-            if leader.roster is not None and leader.roster.version == newest.version and len(leader.heard) >= count - 2:
+            if leader.roster is not None and leader.roster.version == newest.version and len(leader.lines) >= count - 2:
                 lead_us = timed(lambda: decide(leader.view()), times=3)
 
     began = world.now

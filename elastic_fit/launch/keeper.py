@@ -13,7 +13,8 @@ from typing import Any
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
 from elastic_fit.launch.contact import Contact
-from elastic_fit.launch.links import Contacted, Links
+from elastic_fit.launch.links import Links
+from elastic_fit.supervisor.hearing import QUIET_S, statement
 from elastic_fit.supervisor.membership import Fence, Move, Propose, Release, Wait, contacts, decide, next_round, release
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster, is_earlier_start, refusal
@@ -21,8 +22,6 @@ from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
 
 LONGEST_GAP_S = 1.0
 """A longer pause between two turns of the loop is this node's own, and does not count against its peers."""
-QUIET_S = 1.0
-"""A peer that was quiet for so long is looked up in the arbiter as well."""
 
 
 class Keeper:
@@ -212,25 +211,13 @@ class Keeper:
         return [node for node in self._links.known if is_gone(self._peer(node, now), self.bounds)]
 
     def _peer(self, node: str, now: float) -> Peer:
-        known = self._links.known[node]
-        state = known.state or {}
-        return Peer(
-            profile=known.profile,
+        return self._links.known[node].as_peer(
+            self.me.node,
+            now,
             up=self._links.is_up(node),
-            refused=known.refused,
-            quiet_s=self._quiet_s(known, now),
             beat_age_s=self._contact.pulse.still_s(node, self._clock()),
-            ready_for=state.get("ready"),
-            waited_s=now - known.ready_since_s,
-            reaches_arbiter_s=now - known.arbiter_since_s if state.get("arbiter") else 0.0,
             refusal=self.told.get(node),
         )
-
-    def _quiet_s(self, known: Contacted, now: float) -> float:
-        """A peer that does not hear this node is as good as silent, whatever it still says."""
-        since = max(0.0, now - known.heard_s)
-        unheard_s = (known.state or {}).get("quiet", {}).get(self.me.node)
-        return since if unheard_s is None else since + float(unheard_s)
 
     def _view(self, now: float) -> View:
         known = self._links.known
@@ -248,7 +235,7 @@ class Keeper:
             leaves=self.leaves,
             is_guest=self.is_guest,
             lasted_s=self._round_s,
-            told_version=max((int((peer.state or {}).get("version", 0)) for peer in known.values()), default=0),
+            told_version=max((peer.version for peer in known.values()), default=0),
         )
 
     def _reported(self) -> Cause | None:
@@ -272,19 +259,20 @@ class Keeper:
                 self._links.refuse(node, f"{self.me.name} refused {known.profile.name}: {why}")
 
     def _say(self, now: float) -> None:
-        state: dict[str, Any] = {
-            "ready": next_round(self.roster) if self.ready and not self._is_seated() else None,
-            "report": self.report,
-            "version": self.roster.version if self.roster else 0,
-            "arbiter": now - self._heard_arbiter_s < self.bounds.fence_s,
-        }
-        quiet = {node: now - peer.heard_s for node, peer in self._links.known.items() if now - peer.heard_s > QUIET_S}
-        news = {**state, "quiet": sorted(quiet)}
+        state = statement(
+            ready=next_round(self.roster) if self.ready and not self._is_seated() else None,
+            report=self.report,
+            version=self.roster.version if self.roster else 0,
+            arbiter_age_s=now - self._heard_arbiter_s,
+            known=self._links.known.values(),
+            now_s=now,
+            bounds=self.bounds,
+        )
+        news = {**state, "quiet": sorted(state["quiet"])}
         last, said_s = self._said
         if news != last or now - said_s >= self.bounds.beat_s:
             self._said = (news, now)
-            # For how long, in seconds, each peer that was not heard for a while has not been.
-            self._links.say({**state, "quiet": quiet})
+            self._links.say(state)
 
     def _is_seated(self) -> bool:
         """Whether this node is in the round that runs: its agent may wait for one still, but not for the next."""
@@ -295,7 +283,7 @@ class Keeper:
         known = self._links.known
         # A peer that is heard well needs no look at its counter: in quiet times a node reads nobody's.
         self._contact.watch(node for node, peer in known.items() if peer.refused or now - peer.heard_s > QUIET_S)
-        newest = max((int((peer.state or {}).get("version", 0)) for peer in known.values()), default=0)
+        newest = max((peer.version for peer in known.values()), default=0)
         if self.roster is None or newest > self.roster.version:
             self._contact.look()
         refused = next((peer.refusal for peer in known.values() if peer.refusal), None)

@@ -1,8 +1,8 @@
 """Links between agents: TCP connections on which each says, beat by beat, who it is and where it stands.
 
-Every message is the whole state of its sender, one JSON line, so that a lost or repeated one changes nothing. A link
-whose process dies is closed by its kernel, which the other end hears at once; dialing it again is then refused, and
-that is how a dead agent differs from a cable that was pulled.
+Every message is the whole state of its sender, one JSON line (see `elastic_fit.supervisor.hearing`). A link whose
+process dies is closed by its kernel, which the other end hears at once; dialing it again is then refused, and that is
+how a dead agent differs from a cable that was pulled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from elastic_fit.supervisor.hearing import Heard
 from elastic_fit.supervisor.roster import Profile
 
 LINE_LIMIT = 1 << 20
@@ -30,20 +31,12 @@ DOUBT_S = 1.5
 
 
 @dataclass(slots=True)
-class Contacted:
-    """What is known of one peer. Times are seconds on the caller's clock."""
+class Contacted(Heard):
+    """One peer: what was heard of it, and how it is reached."""
 
-    profile: Profile
-    heard_s: float
-    """When it was last heard; at first, since when it is looked for or known."""
-    refused: bool = False
     dialed_s: float = -1e9
-    state: dict[str, Any] | None = None
-    """Its newest message; None until there was one."""
-    ready_since_s: float = 0.0
-    arbiter_since_s: float = 0.0
-    """Since when it says that it reaches the arbiter, if it does."""
     refusal: str | None = None
+    """Why it says that this node can't be part of its job."""
     dialing: _Connection | None = None
     """The attempt to reach it that is under way."""
 
@@ -87,6 +80,8 @@ class Links:
         self._up: dict[str, set[_Connection]] = {}
         self._greeting = b""
         self._state = b""
+        self._said = 0
+        """Number of the newest message."""
 
     def introduce(self, me: Profile) -> None:
         """Set what is said first on every connection."""
@@ -140,7 +135,8 @@ class Links:
 
     def say(self, state: dict[str, Any]) -> None:
         """Tell every connected peer where this node stands, now and to whoever connects later."""
-        self._state = _line({"state": state})
+        self._said += 1
+        self._state = _line({"state": {**state, "number": self._said}})
         for connection in list(self._connections):
             if connection.standing and connection.node is not None:
                 self._send(connection, self._state)
@@ -252,16 +248,10 @@ class Links:
         peer = self.known.get(connection.node)
         if peer is None:
             return
-        peer.heard_s, peer.refused = now, False
         if "refusal" in message:
             peer.refusal = str(message["refusal"])
-            return
-        state = dict(message["state"])
-        if state.get("ready") is not None and (peer.state or {}).get("ready") is None:
-            peer.ready_since_s = now
-        if state.get("arbiter") and not (peer.state or {}).get("arbiter"):
-            peer.arbiter_since_s = now
-        peer.state = state
+        else:
+            peer.hear(dict(message["state"]), now)
 
     def _greet(self, connection: _Connection, message: dict[str, Any], now: float) -> None:
         profile = Profile.parse(message["profile"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elastic_fit.launch.contact import interval_s
+from elastic_fit.supervisor.hearing import QUIET_S, Heard, statement
 from elastic_fit.supervisor.membership import (
     End,
     Fence,
@@ -20,45 +21,18 @@ from elastic_fit.supervisor.membership import (
     next_round,
     release,
 )
+from elastic_fit.supervisor.pulse import Pulse
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster
 from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
+from tests.nodes.carriers import Cell, Said, Wires
 
 
 @dataclass
-class Cell:
-    """The arbiter: a compare-and-set cell that remembers all it ever held."""
+class Line:
+    """A node's connections with another one, and what it has heard on them."""
 
-    history: list[Roster] = field(default_factory=list)
-    operations: Counter[str] = field(default_factory=Counter)
-
-    def read(self) -> Roster | None:
-        self.operations["read"] += 1
-        return self.history[-1] if self.history else None
-
-    def store(self, roster: Roster) -> bool:
-        self.operations["store"] += 1
-        if roster.version != (self.history[-1].version if self.history else 0) + 1:
-            return False
-        self.history.append(roster)
-        return True
-
-
-@dataclass
-class Heard:
-    """What a node has heard of another one."""
-
-    since: float
-    last: float
-    ready_for: int | None = None
-    ready_since: float = 0.0
+    heard: Heard
     up: bool = False
-    version: int = 0
-    """Of the roster that it has spoken of last."""
-    refused: bool = False
-    counter: int = -1
-    counter_since: float = 0.0
-    arbiter_since: float | None = None
-    """Since when it says that it reaches the arbiter, if it does."""
 
 
 class Host:
@@ -76,17 +50,24 @@ class Host:
         self.phase_key: tuple[object, ...] = ()
         self.phase_since = world.now
         self.arbiter_last = world.now
+        self.fresh_at = 0.0
+        """No read shows the arbiter as it was before: a store was answered then."""
         self.counter = 0
-        self.heard: dict[str, Heard] = {}
-        self.alive = True
+        self.said: deque[Said] = deque(maxlen=world.memory)
+        self.lines: dict[str, Line] = {}
+        self.overdue: list[tuple[str, Said]] = []
+        self.pulse = Pulse()
+        self.gone_at: float | None = None
+        """When its agent has ended or was killed."""
         self.paused = False
-        self.training = 0
-        """The round that its workers are in; 0 while there are none."""
+        self.world_of_workers: Roster | None = None
+        """The round that its workers are in; None while there are none."""
+        self.entered = 0
+        """Number of the newest round that its workers were in."""
         self.ending_at: float | None = None
+        self.ending_for = Cause.LOST
         self.report: Cause | None = None
         self.forming: Roster | None = None
-        self.ended = False
-        self.refused_round = 0
         self.last_move: Move | None = None
 
     @property
@@ -94,17 +75,34 @@ class Host:
         return self.profile.node
 
     @property
+    def alive(self) -> bool:
+        return self.gone_at is None
+
+    @property
+    def training(self) -> int:
+        """The round that its workers are in; 0 while there are none."""
+        return self.world_of_workers.round if self.world_of_workers is not None else 0
+
+    @property
     def ready_for(self) -> int | None:
-        return None if self.training or self.world.now < self.warm_at else next_round(self.roster)
+        roster = self.roster
+        is_seated = roster is not None and roster.phase is Phase.RUNNING and roster.seats(self.node)
+        return None if self.training or is_seated or self.world.now < self.warm_at else next_round(roster)
+
+    @property
+    def reported(self) -> Cause | None:
+        """How its part of the round that has ended last has ended, if it was in it."""
+        return self.report if self.entered == next_round(self.roster) - 1 else None
 
     # one tick
 
     def tick(self) -> None:
-        if not self.alive or self.paused or self.ended:
+        if not self.alive or self.paused:
             return
         self._look_at_arbiter()
         self._listen()
         self._end_workers_in_time()
+        self._say()
         if self.leaves and not self.training:
             self.world.kill(self)
             return
@@ -112,69 +110,118 @@ class Host:
         self._act(self.last_move)
 
     def _look_at_arbiter(self) -> None:
-        world = self.world
+        world, now = self.world, self.world.now
         if self.node in world.blind or world.random.random() < world.slowness:
             return
         size = len(self.roster.members) if self.roster is not None else 1
         known = self.roster.version if self.roster is not None else 0
-        due = world.now - self.arbiter_last >= interval_s(world.bounds, size) - 1e-9
+        due = now - self.arbiter_last >= interval_s(world.bounds, size) - 1e-9
         if not due and self.roster is not None and self.told <= known:
             return
-        roster = world.cell.read()
+        as_of = max(now - world.staleness.get(self.node, 0.0), self.fresh_at)
+        roster = world.cell.read(as_of)
         world.cell.operations["beat"] += 1
         self.counter += 1
-        self.arbiter_last = world.now
+        self.arbiter_last = now
+        for name, line in self.lines.items():
+            if line.heard.refused or now - line.heard.heard_s > QUIET_S:
+                self.pulse.observe(name, world.hosts[name].counter_at(as_of), now)
         if self.born < 0:
             self.born = roster.version if roster else 0
         if roster is not None and (self.roster is None or roster.version > self.roster.version):
             self.roster = roster
             key = (roster.round, roster.phase, roster.leader)
             if key != self.phase_key:
-                self.phase_key, self.phase_since = key, world.now
-                if roster.phase is Phase.RUNNING:
-                    self.report = None
+                self.phase_key, self.phase_since = key, now
 
     def _listen(self) -> None:
         world = self.world
-        gone = [name for name, heard in self.heard.items() if is_gone(self._peer(name, heard), world.bounds)]
+        gone = [name for name in self.lines if is_gone(self._peer(name), world.bounds)]
         wanted = {profile.node for profile in contacts(self.roster, self.node, gone)}
-        others = wanted | world.dialing.get(self.node, set())
+        dialing = {name for name in world.dialing.get(self.node, ()) if not self._is_broken(name)}
         world.note_dials(self.node, wanted)
-        for name in [name for name in self.heard if name not in others]:
-            del self.heard[name]
-        for name in others:
-            heard = self.heard.setdefault(name, Heard(since=world.now, last=world.now))
-            self._hear(name, heard)
+        for name in [name for name in self.lines if name not in wanted and name not in dialing]:
+            del self.lines[name]
+        for name in wanted | dialing:
+            if name not in self.lines:
+                self.lines[name] = Line(Heard(world.profiles[name], heard_s=world.now))
+            self._hear(name, self.lines[name])
+        self._hear_overdue()
 
-    def _hear(self, name: str, heard: Heard) -> None:
-        world = self.world
-        other = world.hosts.get(name)
-        connected = world.connected(self.node, name)
-        is_rejected = frozenset((self.profile.name, self.world.profiles[name].name)) in world.rejecting
-        heard.refused = is_rejected or (connected and (other is None or not other.alive or other.ended))
-        if connected and not is_rejected and other is not None and other.alive and not other.paused and not other.ended:
-            heard.up, heard.last, heard.version = True, world.now, other.roster.version if other.roster else 0
-            if heard.ready_for is None and other.ready_for is not None:
-                heard.ready_since = world.now
-            heard.ready_for = other.ready_for
-            if world.now - other.arbiter_last >= world.bounds.fence_s:
-                heard.arbiter_since = None
-            elif heard.arbiter_since is None:
-                heard.arbiter_since = world.now
-        elif heard.refused:
-            heard.up = False  # a connection that nothing passes on still stands
-        if other is not None and self.node not in world.blind and other.counter != heard.counter:
-            heard.counter, heard.counter_since = other.counter, world.now
+    def _is_broken(self, name: str) -> bool:
+        return self.world.wires.is_broken(self.profile.name, self.world.profiles[name].name, self.world.now)
+
+    def _hear(self, name: str, line: Line) -> None:
+        world, wires, me = self.world, self.world.wires, self.profile.name
+        other = world.hosts[name]
+        sender = other.profile.name
+        lags = wires.lags_of(sender, me)
+        is_rejected = frozenset((me, sender)) in wires.rejecting
+        has_ended = other.gone_at is not None and world.now - other.gone_at >= max(lags)
+        if is_rejected or (has_ended and wires.meet(me, sender)):
+            line.heard.refused, line.up = True, False
+            return
+        if self._is_broken(name):
+            line.up = False
+            return
+        # A connection that nothing passes on still stands; to make one takes both ways.
+        if not wires.passes(sender, me) or not (line.up or wires.meet(me, sender)):
+            return
+        for lag in lags:
+            said = other.said_at(world.now - lag)
+            if said is not None and line.heard.hear(said.state, world.now):
+                line.up = True
+
+    def said_at(self, t: float) -> Said | None:
+        """The newest of what it has said by then."""
+        return next((said for said in reversed(self.said) if said.t <= t), None)
+
+    def counter_at(self, t: float) -> int:
+        said = self.said_at(t)
+        return said.counter if said is not None else 0
+
+    def hear_late(self, sender: Host, age_s: float) -> None:
+        """An earlier connection's kernel gets through what its node had said so long ago, after all that is newer."""
+        said = sender.said_at(self.world.now - age_s)
+        if said is not None:
+            self.overdue.append((sender.node, said))
+
+    def _hear_overdue(self) -> None:
+        for name, said in self.overdue:
+            if name in self.lines and self.lines[name].up:
+                self.lines[name].heard.hear(said.state, self.world.now)
+        self.overdue.clear()
+
+    def _say(self) -> None:
+        state = statement(
+            ready=self.ready_for,
+            report=None,
+            version=self.roster.version if self.roster is not None else 0,
+            arbiter_age_s=self.world.now - self.arbiter_last,
+            known=[line.heard for line in self.lines.values()],
+            now_s=self.world.now,
+            bounds=self.world.bounds,
+        )
+        number = self.said[-1].state["number"] + 1 if self.said else 1
+        self.said.append(Said(self.world.now, {**state, "number": number}, self.counter))
 
     def _end_workers_in_time(self) -> None:
-        world = self.world
         order = release(self.roster, self.node, self.training) if self.training else None
         if order is not None and order.cause is None:
-            self.ending_at = world.now
-        elif order is not None and self.ending_at is None:
-            self.ending_at = world.now + world.random.uniform(0.2, 2.0)
-        if self.ending_at is not None and world.now >= self.ending_at:
-            self.training, self.ending_at = 0, None
+            self._end_workers(Cause.LOST)
+        elif order is not None and order.cause is not None:
+            self._let_end(order.cause)
+        if self.ending_at is not None and self.world.now >= self.ending_at:
+            self._end_workers(self.ending_for)
+
+    def _let_end(self, cause: Cause) -> None:
+        """The workers are asked to save and leave."""
+        if self.training and self.ending_at is None:
+            self.ending_at, self.ending_for = self.world.now + self.world.random.uniform(0.2, 2.0), cause
+
+    def _end_workers(self, cause: Cause) -> None:
+        if self.training:
+            self.world_of_workers, self.ending_at, self.report = None, None, cause
 
     def view(self) -> View:
         world = self.world
@@ -185,9 +232,9 @@ class Host:
             born_version=max(self.born, 0),
             phase_s=world.now - self.phase_since,
             arbiter_age_s=world.now - self.arbiter_last,
-            peers={name: self._peer(name, heard) for name, heard in self.heard.items()},
+            peers={name: self._peer(name) for name in self.lines},
             ready=not self.training and world.now >= self.warm_at,
-            report=self.report,
+            report=self.reported,
             leaves=self.leaves,
             is_guest=self.is_guest,
             lasted_s=10.0,
@@ -197,20 +244,11 @@ class Host:
     @property
     def told(self) -> int:
         """The newest version that a peer speaks of."""
-        return max((heard.version for heard in self.heard.values()), default=0)
+        return max((line.heard.version for line in self.lines.values()), default=0)
 
-    def _peer(self, name: str, heard: Heard) -> Peer:
-        now = self.world.now
-        return Peer(
-            profile=self.world.profiles[name],
-            up=heard.up,
-            refused=heard.refused,
-            quiet_s=now - heard.last,
-            beat_age_s=now - heard.counter_since if heard.counter >= 0 else now - heard.since,
-            ready_for=heard.ready_for,
-            waited_s=now - heard.ready_since,
-            reaches_arbiter_s=now - heard.arbiter_since if heard.arbiter_since is not None else 0.0,
-        )
+    def _peer(self, name: str) -> Peer:
+        line, now = self.lines[name], self.world.now
+        return line.heard.as_peer(self.node, now, up=line.up, beat_age_s=self.pulse.still_s(name, now))
 
     def _act(self, move: Move) -> None:
         if isinstance(move, Propose):
@@ -219,19 +257,25 @@ class Host:
             self._form(move)
         elif isinstance(move, Train):
             assert self.roster is not None
-            if self.training != self.roster.round and self.report is None:
-                self.training, self.ending_at = self.roster.round, None
+            if self.roster.round > self.entered and not self.training:
+                self.world_of_workers, self.entered, self.report = self.roster, self.roster.round, None
         elif isinstance(move, Fence) and move.cause is None:
-            self.training, self.ending_at = 0, None
-        elif isinstance(move, Fence) and self.training and self.ending_at is None:
-            self.ending_at = self.world.now + self.world.random.uniform(0.2, 2.0)
+            self._end_workers(Cause.LOST)
+        elif isinstance(move, Fence):
+            self._let_end(Cause.LOST)
         elif isinstance(move, End):
-            self.training, self.ended = 0, True
+            self._end_workers(Cause.STOP)
+            self.gone_at = self.world.now
 
     def _store(self, roster: Roster) -> bool:
-        if self.node in self.world.blind:
+        """Whether it was stored, as far as this node has heard."""
+        world = self.world
+        if self.node in world.blind:
             return False
-        return self.world.cell.store(roster)
+        answer = world.cell.store(roster, world.now, world.random)
+        if answer is not None:
+            self.fresh_at = world.now
+        return bool(answer)
 
     def _form(self, move: Form) -> None:
         """In two steps, as the real leader does: seal the next generation, then publish the round."""
@@ -242,35 +286,55 @@ class Host:
             if self._store(sealed):
                 self.forming = sealed
             return
-        self._store(
-            roster.after(phase=Phase.RUNNING, members=move.members, lost=(), flaps=dict(move.flaps), leading=None)
+        formed = roster.after(
+            phase=Phase.RUNNING, members=move.members, lost=(), flaps=dict(move.flaps), leading=self.profile
         )
+        self._store(formed)
 
     def fail(self) -> None:
         """A worker of this node dies."""
-        if self.training:
-            self.training, self.ending_at, self.report = 0, None, Cause.FAILED
+        self._end_workers(Cause.FAILED)
 
 
 class World:
-    """All hosts, the network between them and the arbiter."""
+    """All hosts, the network between them and the arbiter.
 
-    def __init__(self, bounds: Bounds, *, seed: int = 0, tick_s: float = 0.25, slowness: float = 0.0) -> None:
+    Args:
+        bounds: the limits.
+        seed: of all that is left to chance.
+        tick_s: how far the clock moves at a time.
+        slowness: chance that the arbiter does not answer a node within a tick.
+        lossiness: see `Cell`.
+        memory: how many of its last messages of each node can still arrive late; None is all.
+        check: called after every tick.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        seed: int = 0,
+        tick_s: float = 0.25,
+        slowness: float = 0.0,
+        lossiness: float = 0.0,
+        memory: int | None = None,
+        check: Callable[[World], None] | None = None,
+    ) -> None:
         self.bounds = bounds
         self.now = 0.0
         self.tick_s = tick_s
         self.slowness = slowness
-        """Chance that the arbiter does not answer a node within a tick."""
         self.random = random.Random(seed)
-        self.cell = Cell()
+        self.cell = Cell(lossiness=lossiness)
+        self.wires = Wires()
+        self.memory = memory
+        self.check = check
         self.hosts: dict[str, Host] = {}
         self.profiles: dict[str, Profile] = {}
         self.blind: set[str] = set()
         """Nodes that can't reach the arbiter."""
-        self.cut: set[frozenset[str]] = set()
-        """Pairs of host names between which nothing passes."""
-        self.rejecting: set[frozenset[str]] = set()
-        """Pairs of host names between which every connection is refused at once, though both are alive."""
+        self.staleness: dict[str, float] = {}
+        """How old what a node reads there may be, in seconds."""
         self.dialing: dict[str, set[str]] = {}
         self._dials: dict[str, set[str]] = {}
         self._serial = 0
@@ -288,9 +352,6 @@ class World:
     def named(self, name: str) -> Host | None:
         return next((host for host in self.living() if host.profile.name == name), None)
 
-    def connected(self, a: str, b: str) -> bool:
-        return frozenset((self.profiles[a].name, self.profiles[b].name)) not in self.cut
-
     def note_dials(self, node: str, wanted: set[str]) -> None:
         before = self._dials.get(node, set())
         for name in before - wanted:
@@ -300,15 +361,18 @@ class World:
         self._dials[node] = wanted
 
     def kill(self, host: Host) -> None:
-        host.alive, host.training = False, 0
+        host.gone_at, host.world_of_workers = self.now, None
         self.note_dials(host.node, set())
 
     def step(self) -> None:
         self.now += self.tick_s
+        self.cell.come_about(self.now)
         order = self.living()
         self.random.shuffle(order)
         for host in order:
             host.tick()
+        if self.check is not None:
+            self.check(self)
 
     def run(self, seconds: float, check: Callable[[World], None] | None = None) -> None:
         for _ in range(round(seconds / self.tick_s)):
@@ -324,27 +388,30 @@ class World:
             assert self.now - began < limit_s, f"not within {limit_s} s; the roster is {self.cell.history[-1:]}"
         return self.now - began
 
+    def mend(self) -> None:
+        """From now on the network carries everything at once, and all are awake. The arbiter stays as slow as it is."""
+        self.wires.mend()
+        self.blind.clear()
+        self.staleness.clear()
+        for host in self.living():
+            host.paused = False
+
     # what can be seen from outside
 
-    def complete_rounds(self) -> set[int]:
-        """Rounds that can make progress: every member's workers are in it, awake, and reach each other."""
-        rounds: set[int] = set()
-        for roster in {roster.round: roster for roster in self.cell.history if roster.phase is Phase.RUNNING}.values():
-            hosts = [self.hosts[member.node] for member in roster.members]
-            if all(host.alive and not host.paused and host.training == roster.round for host in hosts) and all(
-                self.connected(a.node, b.node) for a in hosts for b in hosts if a is not b
-            ):
-                rounds.add(roster.round)
-        return rounds
+    def at_work(self) -> list[Roster]:
+        """The rounds whose workers take steps: those of all members are in it, awake, and reach each other."""
+        found: dict[int, list[Host]] = defaultdict(list)
+        for host in self.living():
+            if host.training and not host.paused:
+                found[host.training].append(host)
+        return [
+            hosts[0].world_of_workers
+            for hosts in found.values()
+            if hosts[0].world_of_workers is not None
+            and {host.node for host in hosts} == hosts[0].world_of_workers.ranks.keys()
+            and self.wires.reach_each_other(host.profile.name for host in hosts)
+        ]
 
     def trains_with(self, size: int) -> bool:
-        """Whether the newest roster runs with `size` members and all of them train."""
-        newest = self.cell.history[-1] if self.cell.history else None
-        if newest is None or newest.phase is not Phase.RUNNING or len(newest.members) != size:
-            return False
-        return all(self.hosts[member.node].training == newest.round for member in newest.members)
-
-
-def gone_from(host: Host) -> list[str]:
-    """Names of the peers that a host takes for lost."""
-    return [peer.profile.name for peer in host.view().peers.values() if is_gone(peer, host.world.bounds)]
+        """Whether `size` nodes train together."""
+        return [len(roster.members) for roster in self.at_work()] == [size]
