@@ -10,10 +10,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from elastic_fit.supervisor.ledger import read
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCRIPT = Path(__file__).parent / "stamping.py"
 BIN = Path(sys.executable).parent
@@ -53,24 +57,29 @@ class Stamp:
     t_ns: int
 
 
-class Job:
-    """A running job. Use as a context manager: nothing of it is left afterwards."""
+class Command:
+    """A command that runs. Use as a context manager: nothing of it is left afterwards.
 
-    def __init__(self, arm: Arm, folder: Path, *, steps: int, pause_ms: float) -> None:
-        folder.mkdir(parents=True)
+    Args:
+        arm: what launches it.
+        folder: where it runs; its output goes to ``output`` there.
+        tail: the script and its arguments, and flags of the launcher before it.
+    """
+
+    def __init__(self, arm: Arm, folder: Path, tail: Sequence[str]) -> None:
         self.arm = arm
         self.folder = folder
-        self.path = folder / "stamps"
-        ours = ["--run-dir", str(folder / "run"), "--checkpoint-steps", "10"] if arm.is_ours else []
-        command = [*arm.launcher, *ours, "--nproc-per-node", "2", str(SCRIPT), str(self.path), str(steps)]
-        command += [str(pause_ms), arm.kind]
         loopback = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **dict(arm.environment)}
         with (folder / "output").open("wb") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **loopback}, cwd=folder
+                [*arm.launcher, *tail],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **loopback},
+                cwd=folder,
             )
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,11 +91,30 @@ class Job:
                 continue
         self.process.wait()
 
+    def has_ended(self, within_s: float) -> bool:
+        """Whether it ends by itself within so many seconds."""
+        try:
+            self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def _family(self) -> list[psutil.Process]:
         try:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+class Job(Command):
+    """A running job of the script that writes down when each step was done."""
+
+    def __init__(self, arm: Arm, folder: Path, *, steps: int, pause_ms: float) -> None:
+        folder.mkdir(parents=True)
+        self.path = folder / "stamps"
+        ours = ["--run-dir", str(folder / "run"), "--checkpoint-steps", "10"] if arm.is_ours else []
+        script = [str(SCRIPT), str(self.path), str(steps), str(pause_ms), arm.kind]
+        super().__init__(arm, folder, [*ours, "--nproc-per-node", "2", *script])
 
     def stamps(self) -> list[Stamp]:
         """The steps so far."""
