@@ -237,6 +237,8 @@ class ElasticAgent(TorchelasticAgent):
                 self._begin_stop(request)
             elif reply is Answer.AT_ONCE:
                 self._end_at_once()
+            else:
+                self._note_repeated(request)
 
     def _end_at_once(self) -> None:
         """A person insists."""
@@ -259,6 +261,13 @@ class ElasticAgent(TorchelasticAgent):
         self._fx.observer.stopping(request)
         if self._attempt is not None:
             self._ask(self._attempt, request.mode, request.deadline_ns)
+
+    def _note_repeated(self, request: StopRequest) -> None:
+        """Whoever asks once more hears how long the stop may still take."""
+        assert self._stop is not None
+        left_s = max(0.0, seconds(self._fx.now_ns(), self._stop.deadline_ns))
+        told = {"source": request.source, "reason": request.reason, "rank": request.rank, "id": request.id}
+        self._fx.ledger.write("stop_repeated", deadline_s=left_s, **told)
 
     def _ask(self, attempt: Attempt, mode: StopMode, deadline_ns: int) -> None:
         self._requests += 1

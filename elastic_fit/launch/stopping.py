@@ -93,8 +93,8 @@ class Ears:
         self._file = file
         self._now_ns = now_ns
         self._looked_ns = now_ns() - int(LOOK_S * 1e9)
-        self._old_order = _identity(order)
-        self._told: set[Path] = set()
+        self._old_order = self._heard_order = _identity(order)
+        self._has_heard_file = False
 
     def fileno(self) -> int:
         """Readable when a signal is waiting. Boards and files have to be looked at from time to time."""
@@ -140,20 +140,12 @@ class Ears:
         if now - self._looked_ns < LOOK_S * 1e9:
             return
         self._looked_ns = now
-        if (
-            self._order is not None
-            and self._order not in self._told
-            and _identity(self._order)
-            not in (
-                None,
-                self._old_order,
-            )
-        ):
-            self._told.add(self._order)
+        if self._order is not None and (found := _identity(self._order)) not in (None, self._heard_order):
+            self._heard_order = found
             order = Order.read(self._order)
             yield self._from("command", order.by, save=order.save, id_=order.id)
-        if self._file is not None and self._file not in self._told and self._file.exists():
-            self._told.add(self._file)
+        if self._file is not None and not self._has_heard_file and self._file.exists():
+            self._has_heard_file = True
             yield self._from("file", f"the file {self._file}")
 
     def _from(self, source: str, reason: str, *, save: bool = True, id_: str = "") -> StopRequest:

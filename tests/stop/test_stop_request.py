@@ -82,6 +82,9 @@ def test_an_order_left_for_an_earlier_start_stops_nothing_and_a_new_one_is_heard
     (heard,) = listening.hear()
     assert (heard.source, heard.save, heard.id) == ("command", False, order.id)
     assert listening.hear() == []
+    another = Order.by_this_user(save=True)
+    another.leave(tmp_path / "stop")
+    assert [one.id for one in listening.hear()] == [another.id], "who asks as well waits for an answer, too"
     listening.forget()
     assert not (tmp_path / "stop").exists()
 
