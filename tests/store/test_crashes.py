@@ -56,8 +56,9 @@ def test_an_error_at_any_operation_is_told_and_loses_nothing(
     name: str, for_good: bool, memory: Path, tally: Tally
 ) -> None:
     story = STORIES[name]
-    for number, error in zip(range(1, operations(name, memory / "whole", fenced) + 1), itertools.cycle(ERRORS)):
-        folder = memory / str(number)
+    numbers = range(1, operations(name, memory / "whole", fenced) + 1)
+    for number, error in itertools.product(numbers, ERRORS):
+        folder = memory / f"{number}-{errno.errorcode[error]}"
         story.prepare(store_in(folder))
         disk = FailingAt(number, error, for_good=for_good)
         said = "acknowledged"

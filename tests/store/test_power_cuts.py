@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import shutil
-import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,55 +14,12 @@ import pytest
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts, Holder, commit, stream
 from elastic_fit.supervisor.store.generation import take_generation
-from tests.store import stories
+from tests.filesystems import JOURNAL_FLUSHED, NOTHING_FLUSHED, FileSystem
 from tests.store.aftermath import Tally
 from tests.store.disks import CountingDisk, Killed
-from tests.store.stories import STORIES, Story, store_in
+from tests.store.stories import STORIES, Story, replacing, store_in
 
 pytestmark = pytest.mark.system
-
-SHUTDOWN = 0x8004587D
-NOTHING_FLUSHED, JOURNAL_FLUSHED = 2, 1
-"""What was not synced is gone; or the names are there, and the bytes are gone."""
-
-
-class FileSystem:
-    """A file system in an image, whose power can be cut."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self._kind, self._image, self.root = kind, folder / f"{kind}.img", folder / "mount"
-        self.root.mkdir()
-        with self._image.open("wb") as file:
-            file.truncate(320 << 20)
-        subprocess.run([f"mkfs.{kind}", "-q", str(self._image)], check=True)
-        self.mount()
-
-    def mount(self) -> None:
-        # The dead one may live on in another mount namespace; its twin must be taken for what it is.
-        options = "loop,nouuid" if self._kind == "xfs" else "loop"
-        subprocess.run(["mount", "-o", options, str(self._image), str(self.root)], check=True)
-
-    def umount(self) -> None:
-        subprocess.run(["umount", str(self.root)], check=True)
-
-    def cut(self, flags: int) -> None:
-        """From now on, nothing reaches the disk."""
-        descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", flags))
-        finally:
-            os.close(descriptor)
-
-    def come_back(self) -> None:
-        """The power is back: mount, which recovers the journal."""
-        self.umount()
-        in_use = subprocess.run(["losetup", "-j", str(self._image)], check=True, capture_output=True).stdout
-        if in_use:
-            # Whoever has made a mount namespace meanwhile (hosts of other tests) has kept the dead file system.
-            copy = self._image.with_name(f"{self._image.stem}+.img")
-            subprocess.run(["cp", "--sparse=always", str(self._image), str(copy)], check=True)
-            self._image = copy
-        self.mount()
 
 
 class PowerCutAt(CountingDisk):
@@ -84,7 +38,7 @@ class PowerCutAt(CountingDisk):
 
 @pytest.fixture(params=["ext4", "xfs"])
 def system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FileSystem]:
-    system = FileSystem(request.param, tmp_path)
+    system = FileSystem(request.param, tmp_path, tmp_path / "mount")
     yield system
     system.umount()
 
@@ -103,9 +57,7 @@ def test_a_power_cut_at_every_write_of_a_file_of_several_buffers_loses_nothing(
     for module in (stream, commit):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64 << 10)
     monkeypatch.setattr(stream, "PIECE_BYTES", 16 << 10)
-    monkeypatch.setattr(stories, "PIECE", 50_000)
-    story = STORIES["a file in place of another"]
-    done = cut_everywhere(story, flags, system, tally)
+    done = cut_everywhere(replacing(piece=50_000), flags, system, tally)
     assert done.count("write") > 9
 
 

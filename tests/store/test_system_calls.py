@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,64 +19,87 @@ import pytest
 
 from tests.store import stories
 from tests.store.aftermath import Tally
-from tests.store.stories import BEGIN, DONE, STORIES, store_in
+from tests.store.stories import BEGIN, DONE, LARGE, STORED_BY_A_THREAD, STORIES, store_in
 
 pytestmark = pytest.mark.system
 
-CHANGING = "write pwrite64 writev fsync fdatasync ftruncate rename renameat renameat2 link linkat symlink symlinkat"
-CHANGING += " unlink unlinkat mkdir mkdirat rmdir openat"
-ERRING = ("a file in place of another", "a folder of two shards", "two folders let go", "the swap of last.ckpt")
-"""The stories in which every call fails with every error."""
+CHANGING = "write pwrite64 fsync fdatasync sync_file_range ftruncate rename renameat renameat2 link linkat symlink"
+CHANGING += " symlinkat unlink unlinkat mkdir mkdirat rmdir openat"
+INTERRUPTIBLE = ("write", "fsync", "openat")
+ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "EINTR")
+WHOLE = {**STORIES, **STORED_BY_A_THREAD}
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
-CALL = re.compile(r"^\d+ +(\w+)\((.*)")
+CALL = re.compile(r"^(\d+) +(\w+)\((.*)")
 
 
 @dataclass(frozen=True)
 class Call:
-    """The `nth` call of that name that the program makes."""
+    """The `nth` call of that name that a thread makes."""
 
     name: str
     nth: int
+    main_only: bool
+    """Whether it is the main thread's, and another thread may make as many."""
+    changes: bool
+    """Whether it may change the disk; else it opens something to read it."""
+
+    def may_fail_with(self, error: str) -> bool:
+        """Whether the kernel may say that."""
+        if error == "EINTR":
+            return self.changes and self.name in INTERRUPTIBLE
+        return self.changes or error in ("EIO", "EMFILE")
 
 
-def traced(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Act the story under strace."""
-    strace = ["strace", "--seccomp-bpf", "-f", "-qq", "-o", str(folder / "trace"), *options]
+def traced(name: str, folder: Path, *options: str, main_only: bool = False) -> subprocess.CompletedProcess[str]:
+    """Act the story under strace, which counts each thread's calls for itself."""
+    followed = [] if main_only else ["-f", "--seccomp-bpf"]
+    strace = ["strace", *followed, "-qq", "-o", str(folder / "trace"), *options]
     command = [*strace, sys.executable, stories.__file__, name, str(folder)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
 
 
 def calls_of(name: str, folder: Path) -> list[Call]:
-    """Every call that may change the disk, between the beginning of the act and its acknowledgement."""
-    STORIES[name].prepare(store_in(folder))
-    done = traced(name, folder, "-e", f"trace={CHANGING.replace(' ', ',')}")
+    """Every call that may change the disk or opens a file, between the beginning of the act and its acknowledgement."""
+    WHOLE[name].prepare(store_in(folder))
+    done = traced(name, folder, "-e", f"trace=writev,{CHANGING.replace(' ', ',')}")
     assert done.stdout.splitlines() == [BEGIN, DONE], done.stderr
-    counts: Counter[str] = Counter()
+    lines = [match for line in (folder / "trace").read_text().splitlines() if (match := CALL.match(line))]
+    main = lines[0][1]
+    has_threads = any(line[1] != main for line in lines)
+    counts: Counter[tuple[str, str]] = Counter()
     found: list[Call] = []
     acting = False
-    for line in (folder / "trace").read_text().splitlines():
-        match = CALL.match(line)
-        if match is None:
-            continue
-        counts[match[1]] += 1
-        if match[2].startswith(f'1, "{DONE}'):
+    for thread, call, arguments in (line.groups() for line in lines):
+        if call == "writev" and DONE in arguments:
             return found
-        if acting and (match[1] != "openat" or "O_CREAT" in match[2]):
-            found.append(Call(match[1], counts[match[1]]))
-        acting = acting or match[2].startswith(f'1, "{BEGIN}')
+        counts[thread, call] += 1
+        if acting:
+            nth = counts[thread, call]
+            assert thread == main or counts[main, call] < nth, "an injection would meet the main thread"
+            changes = call != "openat" or "O_CREAT" in arguments
+            found.append(Call(call, nth, main_only=has_threads and thread == main, changes=changes))
+        acting = acting or (call == "writev" and BEGIN in arguments)
     raise AssertionError("the program has not said that it was done")
 
 
-def each(name: str, folder: Path) -> Iterator[tuple[Call, Path]]:
-    """Every call, with a folder in which the story is prepared."""
-    calls = calls_of(name, folder / "whole")
-    assert len(calls) >= 3
-    STORIES[name].prepare(store_in(folder / "prepared"))
-    for number, call in enumerate(calls):
-        copy = folder / str(number)
-        shutil.copytree(folder / "prepared", copy, symlinks=True)
-        yield call, copy
+def outcomes(
+    name: str, memory: Path, injections: Iterable[tuple[Call, str]]
+) -> Iterator[tuple[str, Path, subprocess.CompletedProcess[str]]]:
+    """Act the story anew for each call and what it meets with; gives that, the folder, and what the program said."""
+    WHOLE[name].prepare(store_in(memory / "prepared"))
+
+    def act(number: int, injection: tuple[Call, str]) -> tuple[str, Path, subprocess.CompletedProcess[str]]:
+        call, what = injection
+        folder = memory / str(number)
+        shutil.copytree(memory / "prepared", folder, symlinks=True)
+        inject = f"inject={call.name}:{what}:when={call.nth}"
+        return what, folder, traced(name, folder, "-e", inject, main_only=call.main_only)
+
+    with ThreadPoolExecutor(2) as threads:
+        for what, folder, done in threads.map(act, itertools.count(), injections):
+            yield what, folder, done
+            shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -86,60 +109,25 @@ def folder(memory: Path) -> Path:
     return memory
 
 
-@pytest.mark.parametrize("name", STORIES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_sigkill_at_every_system_call_loses_nothing(name: str, folder: Path, tally: Tally) -> None:
-    def kill(call: Call, copy: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        return copy, traced(name, copy, "-e", f"inject={call.name}:signal=KILL:when={call.nth}")
-
-    with ThreadPoolExecutor(2) as threads:
-        for copy, done in threads.map(lambda one: kill(*one), each(name, folder)):
-            assert done.stdout.splitlines() == [BEGIN], "it died before it could acknowledge"
-            tally.survive(STORIES[name], copy, acknowledged=False)
-
-
-@pytest.mark.parametrize("error", ["EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "EINTR"])
-def test_an_error_from_every_system_call_is_told_and_loses_nothing(error: str, memory: Path, tally: Tally) -> None:
-    """EINTR is what no program may see of a write: it is simply made again."""
-
-    def fail(name: str, call: Call, copy: Path) -> tuple[str, Path, subprocess.CompletedProcess[str]]:
-        return name, copy, traced(name, copy, "-e", f"inject={call.name}:error={error}:when={call.nth}")
-
-    def injections() -> Iterator[tuple[str, Call, Path]]:
-        for name in ERRING:
-            for kind in ("whole", "prepared"):
-                (memory / name / kind).mkdir(parents=True)
-            for call, copy in each(name, memory / name):
-                if error != "EINTR" or call.name in ("write", "openat", "fsync"):
-                    yield name, call, copy
-
-    with ThreadPoolExecutor(2) as threads:
-        for name, copy, done in threads.map(lambda one: fail(*one), injections()):
-            begin, outcome = done.stdout.splitlines()
-            assert begin == BEGIN
-            assert outcome == DONE or os.strerror(getattr(errno, error)) in outcome
-            assert error != "EINTR" or outcome == DONE
-            assert "Traceback" not in done.stderr
-            tally.survive(STORIES[name], copy, acknowledged=outcome == DONE)
+    calls = [call for call in calls_of(name, folder / "whole") if call.changes]
+    assert len(calls) >= 3
+    assert name != LARGE or sum(call.name == "write" and not call.main_only for call in calls) == 32
+    for _, copy, done in outcomes(name, folder, [(call, "signal=KILL") for call in calls]):
+        assert done.stdout.splitlines() == [BEGIN], "it died before it could acknowledge"
+        tally.survive(WHOLE[name], copy, acknowledged=False)
 
 
-def test_a_process_out_of_descriptors_tells_it_and_loses_nothing(memory: Path, tally: Tally) -> None:
-    """EMFILE wherever a file is opened, to read as well as to write."""
-    story = STORIES["a folder of two shards"]
-    name = "a folder of two shards"
-    for number in itertools.count():
-        copy = memory / str(number)
-        story.prepare(store_in(copy))
-        trace = traced(name, copy, "-e", "trace=openat,write")
-        lines = [match for line in (copy / "trace").read_text().splitlines() if (match := CALL.match(line))]
-        begin = next(n for n, match in enumerate(lines) if match[2].startswith(f'1, "{BEGIN}'))
-        before = sum(match[1] == "openat" for match in lines[:begin])
-        total = sum(match[1] == "openat" for match in lines)
-        assert trace.returncode == 0
-        shutil.rmtree(copy)
-        story.prepare(store_in(copy))
-        nth = before + 1 + number
-        if nth > total:
-            break
-        done = traced(name, copy, "-e", f"inject=openat:error=EMFILE:when={nth}")
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_error_from_every_system_call_is_told_and_loses_nothing(name: str, folder: Path, tally: Tally) -> None:
+    """EINTR is what no program may see: the call is simply made again."""
+    calls = calls_of(name, folder / "whole")
+    injections = [(call, f"error={error}") for call in calls for error in ERRORS if call.may_fail_with(error)]
+    for what, copy, done in outcomes(name, folder, injections):
+        begin, outcome = done.stdout.splitlines()
+        assert begin == BEGIN
+        assert outcome == DONE or os.strerror(getattr(errno, what.removeprefix("error="))) in outcome
+        assert what != "error=EINTR" or outcome == DONE
         assert "Traceback" not in done.stderr
-        tally.survive(story, copy, acknowledged=DONE in done.stdout)
+        tally.survive(WHOLE[name], copy, acknowledged=outcome == DONE)
