@@ -41,7 +41,8 @@ class Session:
     def store(self, root: Path | str) -> CheckpointStore:
         """The checkpoints in `root`, fenced by this worker's generation."""
         generation = self.context.generation
-        return open_store(root, fence=GenerationFence(self.folder, generation), generation=generation)
+        fence = GenerationFence(self.folder, generation, run_id=self.context.run_id)
+        return open_store(root, fence=fence, generation=generation)
 
 
 _session: Session | None = None

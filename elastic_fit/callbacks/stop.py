@@ -35,6 +35,7 @@ from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks import desk as desks
 from elastic_fit.supervisor.agreement import STOP_KEY
 from elastic_fit.supervisor.board import StopMode, Word
+from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.ledger import read
 from elastic_fit.supervisor.stop import LEAST_MARGIN_S, SLACK, Choice, unsaved_after, weigh
@@ -246,11 +247,15 @@ class Stopper(Checkpoint):
         return (deadline_ns - time.monotonic_ns()) / 1e9 if deadline_ns else None
 
     def _predicted_s(self) -> float | None:
-        """How long a save takes, by the slowest of the run's last ones; None where there was none."""
+        """How long a save takes, by the slowest of the run's last ones; None where there was none that is known of."""
         worker = session.current()
         if worker is None:
             return None
-        saves = [float(event["seconds"]) for event in read(worker.ledger.path) if event.event == "save"]
+        try:
+            saves = [float(event["seconds"]) for event in read(worker.ledger.path) if event.event == "save"]
+        except StorageError as error:
+            log.warning("elastic-fit: how long a save takes is not known: %s", error.message)
+            return None
         return max(saves[-MEASURED_SAVES:], default=None)
 
 

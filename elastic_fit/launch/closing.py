@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.goodput import Goodput, account
+from elastic_fit.supervisor.ledger import Ledger, read
 
 if TYPE_CHECKING:
     from elastic_fit.launch.render import Console
     from elastic_fit.supervisor.exits import Exit as Status
-    from elastic_fit.supervisor.goodput import Goodput
-    from elastic_fit.supervisor.ledger import Ledger
 
 
-def close(status: Status, result: Goodput, ledger: Ledger, console: Console, *, left: bool = False) -> Status:
+def tally(ledger: Ledger) -> Goodput | None:
+    """The run's account so far; None where its ledger can't be read: that is no reason for a run to end as another."""
+    try:
+        return account(read(ledger.path))
+    except StorageError:
+        return None
+
+
+def close(status: Status, result: Goodput | None, ledger: Ledger, console: Console, *, left: bool = False) -> Status:
     """Write down and say how the run has ended, or this node's part of it (`left`); returns its exit status."""
-    ledger.write(
-        "finish",
-        code=int(status),
-        **({"left": True} if left else {}),
-        steps=result.steps,
-        restarts=result.restarts,
-        repeated=result.repeated,
-        productive_share=round(result.productive_share, 4),
-    )
+    fields: dict[str, Any] = {"left": True} if left else {}
+    if result is not None:
+        fields |= {name: getattr(result, name) for name in ("steps", "restarts", "repeated")}
+        fields["productive_share"] = round(result.productive_share, 4)
+    ledger.write("finish", code=int(status), **fields)
     console.finish(status, result, ledger_failure=ledger.failure)
     return status

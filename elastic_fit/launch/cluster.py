@@ -69,7 +69,7 @@ class ClusterAgent(ElasticAgent):
         *,
         policy: RestartPolicy,
         limits: Limits,
-        tally: Callable[[], Goodput],
+        tally: Callable[[], Goodput | None],
         waiting: Callable[[str], None],
         news: Callable[[str], None],
     ) -> None:
@@ -263,7 +263,8 @@ class ClusterAgent(ElasticAgent):
         verdict = self._lead_round(gathered)
         if verdict.goes_on:
             return verdict
-        return replace(verdict, facts={**verdict.facts, "tally": asdict(self._take_tally())})
+        tally = self._take_tally()
+        return verdict if tally is None else replace(verdict, facts={**verdict.facts, "tally": asdict(tally)})
 
     def _lead_round(self, gathered: Gathered) -> Verdict:
         facts = gathered.facts

@@ -17,19 +17,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
-from elastic_fit.launch.closing import close
+from elastic_fit.launch.closing import close, tally
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.names import interface_of, is_free, is_here, look_up, own_address
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.supervisor.errors import PortTaken
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.goodput import Goodput, account
-from elastic_fit.supervisor.ledger import Ledger, read
+from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Profile, Roster
 from elastic_fit.supervisor.rundir import Identity, RunDir
-from elastic_fit.supervisor.store.generation import Holder, newest_generation, publish_generation
+from elastic_fit.supervisor.store.generation import (
+    Holder,
+    make_generations,
+    newest_generation,
+    publish_generation,
+    set_aside,
+)
 from elastic_fit.supervisor.view import Bounds
 
 if TYPE_CHECKING:
@@ -67,9 +72,10 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
         identity = folder.create(command=sys.argv)
         return _Node(invocation, console, nursery, folder, identity, guest_of=found).run()
     if invocation.fresh and not _others_run(folder, invocation):
-        console.set_aside(folder.set_aside())
+        console.set_aside(set_aside(folder))
     job = invocation.job
     identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
+    make_generations(folder.generations)
     return _Node(invocation, console, nursery, folder, identity).run()
 
 
@@ -192,10 +198,7 @@ class _Node:
             agent.forget_orders()
         finally:
             rendezvous.shutdown()
-        return close(agent.status, agent.tally or self._tally(), ledger, self.console, left=agent.leaves)
-
-    def _tally(self) -> Goodput:
-        return account(read(self.folder.events))
+        return close(agent.status, agent.tally or tally(ledger), ledger, self.console, left=agent.leaves)
 
     def _rendezvous(self) -> ElasticRendezvous:
         from torch.distributed.run import determine_local_world_size
@@ -288,7 +291,7 @@ class _Node:
             rendezvous,
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=limits_of(self.invocation),
-            tally=self._tally,
+            tally=lambda: tally(ledger),
             waiting=self._tell_wait,
             news=self._tell_news,
         )

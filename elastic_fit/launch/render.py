@@ -154,16 +154,12 @@ class Console:
         """Training goes on after a failure."""
         self.line(f"back at step {step}, {seconds:.2f} s after the failure", style="32")
 
-    def finish(self, status: Status, goodput: Goodput, *, ledger_failure: OSError | None = None) -> None:
-        """The closing line, and what could not be written."""
-        share = f", {goodput.productive_share:.1%} of the time productive" if goodput.steps else ""
-        self.line(
-            f"{status.name.lower()} (exit {int(status)}): {goodput.steps} steps, {goodput.restarts} restarts, "
-            f"{goodput.repeated} steps repeated{share}"
-        )
+    def finish(self, status: Status, goodput: Goodput | None, *, ledger_failure: OSError | None = None) -> None:
+        """The closing line, and what could not be written. Without `goodput` its ledger could not be read."""
+        self.line(f"{status.name.lower()} (exit {int(status)}): {goodput_text(goodput)}")
         if status is Status.STORAGE:
-            self.line("hint     the training has ended but its end is not on disk: free some space and start it again")
-        for text in goodput.save_failures[-3:]:
+            self.line("hint     its end is not on disk: free some space, or mend the disk, and start it again")
+        for text in goodput.save_failures[-3:] if goodput is not None else ():
             self.line(f"a save failed: {text}", style="31")
         if ledger_failure is not None:
             self.line(f"the ledger lacks what came last: {ledger_failure.strerror}", style="31")
@@ -184,6 +180,14 @@ def resume_text(points: Sequence[ResumePoint]) -> str:
     state = "finished" if newest.finished else newest.kind
     several = f", fit {newest.fit} of the script" if newest.fit > 1 else ""
     return f"step {newest.step} ({state}{several}) from {newest.path}"
+
+
+def goodput_text(goodput: Goodput | None) -> str:
+    """What a run has done, in a line."""
+    if goodput is None:
+        return "what it has done can't be told, since its ledger can't be read"
+    share = f", {goodput.productive_share:.1%} of the time productive" if goodput.steps else ""
+    return f"{goodput.steps} steps, {goodput.restarts} restarts, {goodput.repeated} steps repeated{share}"
 
 
 def save_text(invocation: Invocation) -> str:

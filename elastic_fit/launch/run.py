@@ -7,15 +7,14 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from elastic_fit.launch.closing import close
+from elastic_fit.launch.closing import close, tally
 from elastic_fit.launch.resume import ResumeChooser
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.goodput import account
-from elastic_fit.supervisor.ledger import Ledger, read
+from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.rundir import Identity, RunDir
-from elastic_fit.supervisor.store import Lease, hold
+from elastic_fit.supervisor.store import Lease, hold, set_aside
 
 if TYPE_CHECKING:
     from elastic_fit.launch.agent import ElasticAgent
@@ -49,7 +48,7 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
 
         return launch_node(invocation, console, nursery)
     if invocation.fresh:
-        console.set_aside(folder.set_aside())
+        console.set_aside(set_aside(folder))
     identity = folder.create(command=sys.argv)
     lease = hold(folder)
     try:
@@ -73,12 +72,9 @@ def _has_several_nodes(invocation: Invocation) -> bool:
 def _would_resume(invocation: Invocation, folder: RunDir, console: Console) -> tuple[ResumePoint, ...]:
     if invocation.fresh:
         return ()
-    try:
-        return ResumeChooser(folder, None, invocation, console.line)()
-    except OSError as error:
-        raise UsageError(
-            f"the run folder {folder.root} can't be read: {error.strerror}", hint="give another one with --run-dir"
-        ) from error
+    if folder.root.exists() and not folder.root.is_dir():
+        raise UsageError(f"the run folder {folder.root} is no folder", hint="give another one with --run-dir")
+    return ResumeChooser(folder, None, invocation, console.line)()
 
 
 @dataclass(slots=True)
@@ -110,7 +106,7 @@ class _Launch:
             agent = self._agent(ledger, chooser, latch, planner)
             agent.run()
             agent.forget_orders()
-        return close(agent.status, account(read(self.folder.events)), ledger, self.console)
+        return close(agent.status, tally(ledger), ledger, self.console)
 
     def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch, planner: Planner) -> ElasticAgent:
         from elastic_fit.launch.agent import Effects, ElasticAgent

@@ -26,6 +26,7 @@ class Goodput:
     repeated: int = 0
     """Optimizer steps that were done more than once."""
     save_failures: tuple[str, ...] = ()
+    """What the saves that failed since the newest start have said."""
 
     @property
     def productive_s(self) -> float:
@@ -41,6 +42,7 @@ class Goodput:
 @dataclass(slots=True)
 class _Account:
     launchers: set[tuple[str, int]] = field(default_factory=set)
+    save_failures: list[str] = field(default_factory=list)
     began: float = 0.0
     last: float = 0.0
     total: float = 0.0
@@ -58,14 +60,13 @@ class _Account:
 def account(events: Iterable[Event]) -> Goodput:
     """Add up a ledger. Unknown events only move the clock."""
     book = _Account()
-    failures = []
     for event in events:
         _note_launchers(book, event)
         book.last = max(book.last, event.t)
         if event.event == "save":
             book.saving += float(event.get("stall_s") or event.get("seconds") or 0.0)
         elif event.event == "save_failed":
-            failures.append(str(event.get("error")))
+            book.save_failures.append(str(event.get("error")))
         _note_training(book, event)
         book.steps = max(book.steps, int(event.get("step") or 0))
     _close(book)
@@ -77,7 +78,7 @@ def account(events: Iterable[Event]) -> Goodput:
         steps=book.steps,
         restarts=book.restarts,
         repeated=book.repeated,
-        save_failures=tuple(failures),
+        save_failures=tuple(book.save_failures),
     )
 
 
@@ -90,6 +91,7 @@ def _note_launchers(book: _Account, event: Event) -> None:
             _close(book)
             book.began = book.waiting_since = book.last = event.t
             book.trained_since = 0.0
+            book.save_failures.clear()
         book.launchers.add((event.host, event.pid))
     elif event.event == "finish":
         book.launchers.discard((event.host, event.pid))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_fit.supervisor.errors import UsageError
+from elastic_fit.supervisor.errors import StorageError, UsageError
 
 MOST_WAITING = 10_000
 """Events that wait in memory for a disk that can't take them; beyond that the oldest go."""
@@ -103,7 +103,7 @@ def read(path: Path) -> list[Event]:
     """All events of a ledger, in the order written; none where the file is missing.
 
     A line that is not whole (its writer died, or two hosts appended at once over NFS) is left out. Raises UsageError
-    where the caller may not read it.
+    where the caller may not read it, StorageError where the disk can't.
     """
     return list(_parse(path))
 
@@ -115,6 +115,8 @@ def _parse(path: Path) -> Iterator[Event]:
         return
     except PermissionError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}", hint="ask the owner of the run") from error
+    except OSError as error:
+        raise StorageError(f"{path} can't be read: {error.strerror}", hint="look at the disk that it is on") from error
     for line in lines:
         try:
             record = json.loads(line)

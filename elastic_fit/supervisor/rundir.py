@@ -120,14 +120,22 @@ class RunDir:
             ) from error
 
     def set_aside(self) -> Path | None:
-        """Move the whole folder to a free name beside it (never deleting it); None where there was none."""
+        """Move the whole folder to a free name beside it (never deleting it); None where there was none.
+
+        Raises StorageError where there is no such name, or the disk refuses.
+        """
         if not self.root.exists():
             return None
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{n}" for n in range(1, 1000))):
             aside = self.root.with_name(f"{self.root.name}.{stamp}{suffix}")
             if not aside.exists():
-                self.root.rename(aside)
+                try:
+                    self.root.rename(aside)
+                except OSError as error:
+                    raise StorageError(
+                        f"can't move {self.root} aside: {error.strerror}", hint="give another folder with --run-dir"
+                    ) from error
                 return aside
         raise StorageError(f"no free name beside {self.root} to move it to")
 

@@ -108,3 +108,8 @@ def test_a_node_that_joins_begins_nothing_anew() -> None:
 def test_failed_saves_are_told() -> None:
     result = ledger((0, "start"), (1, "save_failed", {"path": "/x", "error": "could not write /x: No space left"}))
     assert result.save_failures == ("could not write /x: No space left",)
+
+
+def test_saves_that_failed_in_an_earlier_start_are_not_told_again() -> None:
+    failed = (1, "save_failed", {"error": "could not write /x: No space left"})
+    assert ledger((0, "start"), failed, (2, "finish"), (3, "start"), (4, "finish")).save_failures == ()

@@ -93,6 +93,33 @@ def test_a_run_that_is_held_is_exit_74_and_names_who_has_it(elastic: Elastic, tm
     assert "--run-dir" in outcome.said
 
 
+def test_a_run_that_is_held_is_not_started_over(elastic: Elastic, tmp_path: Path) -> None:
+    """Its folder stays where its workers save."""
+    folder = RunDir(tmp_path / "run")
+    folder.create(command=["test"])
+    lease = hold(folder)
+    outcome = elastic("trainer().fit(Model())\n", "--fresh")
+    lease.release()
+    assert outcome.code == 74
+    assert f"is held by process {os.getpid()} on {os.uname().nodename}" in outcome.said
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    assert elastic("trainer().fit(Model())\n", "--fresh").code == 0, "it was let go of"
+
+
+@pytest.mark.parametrize("flags", [(), ("--nnodes", "1:2"), ("--dry-run",)])
+def test_generations_that_cannot_be_read_are_told_in_a_line(
+    elastic: Elastic, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    folder = RunDir(tmp_path / "run")
+    folder.create(command=["test"])
+    folder.generations.write_text("no folder")
+    outcome = elastic("trainer().fit(Model())\n", *flags)
+    assert outcome.code == 74
+    assert f"{folder.generations}: Not a directory" in outcome.said
+    assert "hint" in outcome.said
+    assert len(outcome.said.splitlines()) <= 2, outcome.said
+
+
 FILLED = {
     "bytes": "open(FILL / 'large', 'wb', buffering=0).write(bytes(64 << 20))",
     "inodes": "[open(FILL / f'{n}', 'x').close() for n in range(10000)]",

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_fit.supervisor.errors import ElasticFitError, FencedOff, RunIsHeld
+from elastic_fit.supervisor.errors import ElasticFitError, FencedOff, RunIsHeld, StorageError
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import CheckpointStore, GenerationFence, Holder, hold
+from elastic_fit.supervisor.store import CheckpointStore, GenerationFence, Holder, SaveFailed, hold
 from tests.store.stories import save
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -206,6 +206,44 @@ def test_one_that_was_replaced_lets_go_without_a_trace_in_the_lock_of_the_next(
     assert old.ask("release") == "released"
     with pytest.raises(RunIsHeld, match=f"is held by process {new.process.pid} on {socket.gethostname()}"):
         hold(run)
+
+
+def test_an_old_one_whose_run_was_started_over_commits_nothing_into_the_new_run(run: RunDir) -> None:
+    """The new run's generations begin anew: by its number alone, the old one would be the newest."""
+    old_id = run.read_identity().run_id
+    lease = hold(run)
+    fence = GenerationFence(run, lease.generation, run_id=old_id)
+    old = CheckpointStore(run.checkpoints, fence=fence, generation=lease.generation)
+    save(old, 10)
+    run.set_aside()
+    with pytest.raises(SaveFailed, match="generations"):
+        save(old, 20)
+    run.create(command=["test"])
+    again = hold(run)
+    assert again.generation == lease.generation
+    with pytest.raises(FencedOff, match="another run"):
+        save(old, 20)
+    new = CheckpointStore(run.checkpoints, generation=again.generation)
+    assert new.committed() == []
+    again.release()
+    lease.release()
+
+
+def test_generations_that_are_gone_let_nobody_commit(run: RunDir) -> None:
+    """They may have been those of somebody newer."""
+    lease = hold(run)
+    fence = GenerationFence(run, lease.generation)
+    store = CheckpointStore(run.checkpoints, fence=fence, generation=lease.generation)
+    save(store, 10)
+    run.generations.rename(run.root / "elsewhere")
+    with pytest.raises(SaveFailed, match="generations"):
+        save(store, 20)
+    with pytest.raises(StorageError):
+        store.remove("step=10.ckpt")
+    (run.root / "elsewhere").rename(run.generations)
+    save(store, 20)
+    assert [one.manifest.step for one in store.committed()] == [20, 10]
+    lease.release()
 
 
 def _wait_until_stopped(pid: int) -> None:

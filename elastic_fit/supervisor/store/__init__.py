@@ -28,7 +28,15 @@ from elastic_fit.supervisor.store.folder import (
     latest_valid,
     open_store,
 )
-from elastic_fit.supervisor.store.generation import Fence, GenerationFence, Holder, Lease, hold, newest_generation
+from elastic_fit.supervisor.store.generation import (
+    Fence,
+    GenerationFence,
+    Holder,
+    Lease,
+    hold,
+    newest_generation,
+    set_aside,
+)
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, surplus
@@ -69,6 +77,7 @@ __all__ = [
     "local_path",
     "newest_generation",
     "open_store",
+    "set_aside",
     "surplus",
     "verify",
 ]

@@ -27,6 +27,8 @@ from elastic_fit.supervisor.store.disk import Disk, make_folders
 if TYPE_CHECKING:
     from filelock import FileLock
 
+MENDED_BY = "look at the permissions of the run folder, and at its disk"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
@@ -77,19 +79,35 @@ def check_whether_replaced(fence: Fence) -> None:
 
 
 class GenerationFence:
-    """Refuses commits once a higher generation exists."""
+    """Refuses commits once a higher generation exists, or the folder is another run's.
 
-    def __init__(self, folder: RunDir, generation: int) -> None:
-        self._tickets = folder.generations
+    Args:
+        folder: the run's.
+        generation: the one that may commit.
+        run_id: of the run, whose folder may be set aside, and a new one begun in its place; empty: it isn't looked at.
+    """
+
+    def __init__(self, folder: RunDir, generation: int, *, run_id: str = "") -> None:
+        self._folder = folder
         self._generation = generation
+        self._run_id = run_id
 
     def check(self) -> None:
         """Raise FencedOff where a newer generation has taken the run, OSError where that can't be told."""
-        newest = newest_generation(self._tickets)
+        try:
+            newest = _newest(self._folder.generations)
+        except FileNotFoundError as error:
+            # There was one when this generation was taken. Whoever has moved it away may be newer.
+            raise FileNotFoundError(error.errno, f"{self._folder.generations} is gone") from error
         if newest > self._generation:
             raise FencedOff(
                 f"generation {self._generation} was replaced by generation {newest}: nothing is committed any more",
                 hint="another supervisor has taken over this run",
+            )
+        if self._run_id and self._folder.read_identity().run_id != self._run_id:
+            raise FencedOff(
+                f"{self._folder.root} is the folder of another run by now: nothing of this one is committed any more",
+                hint="somebody has started over with --fresh",
             )
 
 
@@ -111,12 +129,30 @@ class Lease:
         self._lock.release()
 
 
-def newest_generation(tickets: Path) -> int:
-    """The highest generation that was taken; 0 where there is none."""
+def make_generations(tickets: Path) -> None:
+    """Make the folder of tickets. Raises StorageError where the disk refuses.
+
+    For every node, before it looks for tickets: on a file system that is shared, one that has seen the folder missing
+    goes on seeing that for a while, and its fence would know of no generation.
+    """
     try:
-        return max((int(name) for name in os.listdir(tickets) if name.isdigit()), default=0)
+        make_folders(tickets, Disk())
+    except OSError as error:
+        raise StorageError(f"can't make {tickets}: {error.strerror}", hint=MENDED_BY) from error
+
+
+def newest_generation(tickets: Path) -> int:
+    """The highest generation that was taken; 0 where there is none. Raises StorageError where that can't be told."""
+    try:
+        return _newest(tickets)
     except FileNotFoundError:
         return 0
+    except OSError as error:
+        raise StorageError(f"can't read {tickets}: {error.strerror}", hint=MENDED_BY) from error
+
+
+def _newest(tickets: Path) -> int:
+    return max((int(name) for name in os.listdir(tickets) if name.isdigit()), default=0)
 
 
 def take_generation(tickets: Path, holder: Holder) -> int:
@@ -124,14 +160,14 @@ def take_generation(tickets: Path, holder: Holder) -> int:
     try:
         with _ticket(tickets, holder) as ticket:
             while True:
-                number = newest_generation(tickets) + 1
+                number = _newest(tickets) + 1
                 try:
                     os.link(ticket, tickets / f"{number:08d}")
                     return number
                 except FileExistsError:
                     continue
     except OSError as error:
-        raise StorageError(f"can't take a generation in {tickets}: {error.strerror}") from error
+        raise StorageError(f"can't take a generation in {tickets}: {error.strerror}", hint=MENDED_BY) from error
 
 
 def publish_generation(tickets: Path, number: int, holder: Holder) -> None:
@@ -143,7 +179,8 @@ def publish_generation(tickets: Path, number: int, holder: Holder) -> None:
         with _ticket(tickets, holder) as ticket, contextlib.suppress(FileExistsError):
             os.link(ticket, tickets / f"{number:08d}")
     except OSError as error:
-        raise StorageError(f"can't take generation {number} in {tickets}: {error.strerror}") from error
+        what = f"can't take generation {number} in {tickets}"
+        raise StorageError(f"{what}: {error.strerror}", hint=MENDED_BY) from error
 
 
 @contextlib.contextmanager
@@ -168,6 +205,32 @@ def hold(folder: RunDir) -> Lease:
 
     Raises RunIsHeld where another live supervisor has it, StorageError where the folder refuses.
     """
+    lock = _lock(folder)
+    with contextlib.ExitStack() as failing:
+        failing.callback(lock.release)
+        before = _read_holder(folder.lock)
+        me = Holder.this_process()
+        generation = take_generation(folder.generations, me)
+        record = failing.enter_context(folder.lock.open("w"))
+        record.write(json.dumps(asdict(me)))
+        record.flush()
+        failing.pop_all()
+    return Lease(generation, _recovery(before), lock, record)
+
+
+def set_aside(folder: RunDir) -> Path | None:
+    """Move a run's folder to a free name beside it; None where there was none. Raises as `hold` does."""
+    if not folder.lock.exists():
+        return folder.set_aside()  # no supervisor was ever there
+    lock = _lock(folder)
+    try:
+        return folder.set_aside()
+    finally:
+        lock.release()
+
+
+def _lock(folder: RunDir) -> FileLock:
+    """The run's lock, taken."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.lock, mode=0o600)
@@ -180,17 +243,8 @@ def hold(folder: RunDir) -> Lease:
             hint="wait for it to end, or give this run another folder with --run-dir",
         ) from None
     except OSError as error:
-        raise StorageError(f"can't lock {folder.lock}: {error.strerror}") from error
-    with contextlib.ExitStack() as failing:
-        failing.callback(lock.release)
-        before = _read_holder(folder.lock)
-        me = Holder.this_process()
-        generation = take_generation(folder.generations, me)
-        record = failing.enter_context(folder.lock.open("w"))
-        record.write(json.dumps(asdict(me)))
-        record.flush()
-        failing.pop_all()
-    return Lease(generation, _recovery(before), lock, record)
+        raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
+    return lock
 
 
 def _recovery(before: Holder | None) -> str | None:
