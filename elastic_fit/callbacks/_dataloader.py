@@ -9,7 +9,7 @@ Before Python 3.12 a fork may leave its child with a lock of the interpreter's t
 that moment: it never begins, and its rank would wait for its data for ever (seen once, in a run of all tests). See
 `end_unborn`.
 
-Holds for torch 2.10 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here. Loaders that start
+Holds for torch 2.11 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here. Loaders that start
 their workers by ``spawn`` or ``forkserver`` have no board to tell, and keep torch's ways.
 """
 

@@ -1,6 +1,6 @@
 """Adapter to Lightning: with the other modules named ``_*`` the only one here that touches its private names.
 
-Holds for Lightning 2.6 and torch 2.10 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here.
+Holds for Lightning 2.6 and torch 2.11 to 2.13; ``tests/test_contract_lightning.py`` checks every name used here.
 """
 
 from __future__ import annotations

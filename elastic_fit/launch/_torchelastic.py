@@ -1,6 +1,6 @@
 """Adapter to torchelastic: the only module of this room that touches its private names.
 
-Holds for torch 2.10 to 2.13; ``tests/test_contract_torchelastic.py`` checks every name used here.
+Holds for torch 2.11 to 2.13; ``tests/test_contract_torchelastic.py`` checks every name used here.
 """
 
 from __future__ import annotations

@@ -130,7 +130,10 @@ def build_parser() -> _Parser:
     for action in parser.flags.values():
         action.help = OTHER_HELP.get(action.dest, action.help)
     # argparse converts a text default as it would the flag's value
-    parser.set_defaults(max_restarts=os.environ.get("PET_MAX_RESTARTS") or DEFAULT_MAX_RESTARTS)
+    parser.set_defaults(
+        max_restarts=os.environ.get("PET_MAX_RESTARTS") or DEFAULT_MAX_RESTARTS,
+        master_port=os.environ.get("PET_MASTER_PORT") or None,  # torch 2.11 always names one: jobs would share it
+    )
     _set_defaults_of_job(parser)
     _add_ours(parser)
     return parser

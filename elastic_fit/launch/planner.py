@@ -58,7 +58,7 @@ def spec_of(invocation: Invocation, rendezvous: RendezvousHandler) -> WorkerSpec
 def limits_of(invocation: Invocation) -> Limits:
     """How long the command line lets things take."""
     limits = Limits(grace_s=invocation.settings.grace_s)
-    given = invocation.torchrun.shutdown_timeout
+    given = getattr(invocation.torchrun, "shutdown_timeout", None)  # torch 2.11 hasn't that flag
     return replace(limits, shutdown_s=float(given)) if given else limits
 
 

@@ -35,6 +35,8 @@ def test_torchruns_lines_mean_what_they_mean_to_torchrun(line: str) -> None:
     theirs = vars(parse_args(line.replace("-- train", "train").split()))
     ours = vars(parse(line.split()).torchrun)
     same = {name for name in theirs if name not in ("max_restarts", "training_script_args")}
+    if "--master-port" not in line:
+        theirs["master_port"] = None  # torch 2.11 names one where nobody has
     assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     assert parse(line.split()).script_args == ("--lr", "0.1")
 
