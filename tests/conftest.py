@@ -23,25 +23,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--system"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("system")]
-    if left_out:
-        items[:] = [item for item in items if not item.get_closest_marker("system")]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[_LEFT_OUT] = len(left_out)
+    left_out = dict.fromkeys(([] if config.getoption("--system") else ["system"]) + ([] if has_gpu() else ["gpu"]), 0)
+    kept = []
+    for item in items:
+        markers = [marker for marker in left_out if item.get_closest_marker(marker)]
+        for marker in markers:
+            left_out[marker] += 1
+        if not markers:
+            kept.append(item)
+    if any(left_out.values()):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+    config.stash[_LEFT_OUT] = left_out
 
 
-_LEFT_OUT = pytest.StashKey[int]()
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    count = config.stash.get(_LEFT_OUT, 0)
-    if count:
+    left_out = config.stash.get(_LEFT_OUT, {})
+    if count := left_out.get("system"):
         terminalreporter.write_line(
             f"{count} system tests left out (they need root and system packages); "
             "include them with: scripts/test --system"
         )
+    if count := left_out.get("gpu"):
+        terminalreporter.write_line(f"{count} GPU tests left out (torch sees no CUDA device here)")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The private names of Lightning and torch that ``callbacks/_lightning.py`` touches.
 
-Hold for Lightning 2.6 and torch 2.10 to 2.13. A failure here after an upgrade says which adapter has to be looked at.
+Hold for Lightning 2.6 and torch 2.11 to 2.13. A failure here after an upgrade says which adapter has to be looked at.
 """
 
 from __future__ import annotations
@@ -389,3 +389,21 @@ def test_a_rank_writes_its_shards_without_the_others_in_the_files_that_lightning
     assert whole.keys() == {"state_dict", "optimizer_0"}
     assert torch.equal(whole["state_dict"]["a"], torch.ones(2))
     assert whole["optimizer_0"] == {"b": 1}
+
+
+def test_process_groups_are_found_with_their_backends_and_aborted_alone() -> None:
+    """What NCCL's have more, a torch built with it shows; `tests/gpu` shows what it does."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        (group,) = distributed_c10d._world.pg_map
+        assert group._get_backend(torch.device("cpu")).abort
+    finally:
+        dist.destroy_process_group()
+    nccl = getattr(distributed_c10d, "ProcessGroupNCCL", None)
+    assert nccl is None or all(hasattr(nccl, name) for name in ("abort", "get_error"))
+
+
+def test_connection_that_lightning_ends_with_the_process_is_one_function() -> None:
+    from lightning.fabric.utilities import distributed
+
+    assert "atexit.register(_destroy_dist_connection)" in inspect.getsource(distributed._init_dist_connection)

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from elastic_fit.callbacks import _lightning, session
+from elastic_fit.callbacks import _lightning, _nccl, release, session
 from elastic_fit.callbacks.run_checkpoint import RunCheckpoint
 
 _MARK = "_elastic_fit_adapted"
@@ -32,6 +32,8 @@ def _sized(init: Any) -> Any:
     def __init__(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         kwargs["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
         kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+        if _nccl.leave_failures_to_us():
+            release.trouble = _nccl.failure
         if kwargs.get("plugins"):
             kwargs["plugins"] = _without_slurm(kwargs["plugins"])
         init(self, *args, **kwargs)

@@ -18,6 +18,7 @@ from elastic_fit.callbacks.cadence import Cadence
 from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.epilogue import Epilogue
+from elastic_fit.callbacks.gate import Gate
 from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.replicas import Replicas, agree
 from elastic_fit.callbacks.resume import approved, choose, sweep
@@ -199,7 +200,12 @@ class ElasticCheckpoint(ModelCheckpoint):
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
         if self.emergency and self.is_active:
             self._replicas = agree(trainer)
-            StepGuard.of(trainer).replicas = self._replicas
+            guard = StepGuard.of(trainer)
+            guard.replicas, guard.gate = self._replicas, guard.gate or self._make_gate(trainer)
+
+    def _make_gate(self, trainer: pl.Trainer) -> Gate | None:
+        """Nothing, without a launcher: nobody would close it, before NCCL's own watchdog ends the process."""
+        return None
 
     def _begin(self, trainer: pl.Trainer) -> None:
         """Take note of the step that this ``fit`` begins at; rank 0 looks whether it has gone back behind others."""
@@ -227,6 +233,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         """At an optimizer step: save if steps or time say so."""
         if not _lightning.is_boundary(trainer) or self._is_off(trainer):
             return
+        if (guard := StepGuard.found(trainer)) is not None:
+            guard.end_step()
         due = self._cadence.due(trainer)
         if due and not self._saved_at(trainer.global_step):
             if _lightning.is_followed_by_more(trainer):

@@ -26,6 +26,7 @@ from elastic_fit.supervisor.store import is_remote
 from elastic_fit.supervisor.store.disk import locked, make_folders
 
 if TYPE_CHECKING:
+    from elastic_fit.callbacks.gate import Gate
     from elastic_fit.callbacks.replicas import Replicas
     from elastic_fit.supervisor.store import CheckpointStore
 
@@ -47,6 +48,8 @@ class StepGuard:
         self._batch = 0
         self.replicas: Replicas | None = None
         """Where shards have replicas: with whom this rank takes its steps together."""
+        self.gate: Gate | None = None
+        """Where a device works behind its process."""
         _lightning.call_before_step(trainer, self._begin)
         setattr(trainer.strategy, _GUARDED, self)
 
@@ -63,7 +66,14 @@ class StepGuard:
     def _begin(self) -> None:
         if self.replicas is not None:
             self.replicas.step_together(self._trainer.strategy.root_device)
+        if self.gate is not None:
+            self.gate.enter()
         self._batch = _lightning.batches_begun(self._trainer)
+
+    def end_step(self) -> None:
+        """A batch that completed a step is done, but for the hooks that save."""
+        if self.gate is not None:
+            self.gate.leave()
 
     def is_torn(self) -> bool:
         """Whether the batch under way has begun to change the parameters, and isn't done with its schedulers."""
@@ -87,6 +97,8 @@ def rescue(
     """
     step = trainer.global_step
     worker = session.current()
+    if (guard := StepGuard.found(trainer)) is not None and guard.gate is not None:
+        guard.gate.close(f"this rank leaves: {type(error).__name__}: {error}")
     why = why_no_rescue(trainer, replicas)
     if why is not None:
         _tell_loss(trainer, store, why, began)
@@ -131,14 +143,17 @@ def why_no_rescue(trainer: pl.Trainer, replicas: Replicas | None) -> str | None:
     """Why what this survivor holds is of no use, be it all of the state or a shard that has a replica; None if it is.
 
     A device that works on what it was given earlier may be steps behind its process, and with its peers gone it takes
-    an optimizer step with gradients that never came together: which state it holds then, nobody knows.
+    an optimizer step with gradients that never came together: which state it holds then, nobody knows without a gate.
     """
     strategy, has_peers = trainer.strategy, trainer.world_size > 1
+    guard = StepGuard.found(trainer)
+    gate = guard.gate if guard is not None else None
     if has_peers and replicas is None and not _lightning.is_replicated(trainer):
         return f"with {type(strategy).__name__} no rank holds the whole state"
-    if has_peers and strategy.root_device.type != "cpu":
+    if has_peers and strategy.root_device.type != "cpu" and gate is None:
         return f"it can't be told which step the state on {strategy.root_device} is of"
-    guard = StepGuard.found(trainer)
+    if gate is not None and not gate.is_whole:
+        return f"{strategy.root_device} was in the middle of an optimizer step"
     if guard is None:
         return "nobody has watched this rank's optimizer steps"
     if guard.is_torn():

@@ -1,6 +1,8 @@
 """What a worker does while its main thread can't: a thread that looks at the board.
 
-- Release from a collective that can't end: a silent peer breaks no connection, and gloo waits for it for minutes.
+- Release from a collective that can't end: a silent peer breaks no connection, and gloo waits for it for minutes. Where
+  a device works behind its process, that is `elastic_fit.callbacks.gate`'s to do, so that no state is spoilt.
+- NCCL's failures and timeouts, which its own watchdog would end the process for, state and all.
 - A rescue in the main thread's place, where even that doesn't bring it back: gloo may miss the end of a connection that
   breaks just as an operation begins (seen once in a hundred kills), and a kernel of a device may never return.
 - The way out of a worker that is told to stop while it waits for its peers to start: there is nothing to be saved.
@@ -20,13 +22,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from elastic_fit.callbacks._dataloader import end_unborn
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.callbacks.notice import NOTICES
 from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode, Word
 from elastic_fit.supervisor.exits import Exit
+
+if TYPE_CHECKING:
+    from elastic_fit.callbacks.gate import Gate
 
 log = logging.getLogger("elastic_fit")
 
@@ -37,8 +42,15 @@ PATIENCE_S = 0.5
 STUCK_S = 2.0
 """How long the main thread must stand at one place, after its collectives were broken, to be taken for stuck."""
 
-stand_in: Callable[[], bool] | None = None
-"""Saves what this rank holds, in whatever thread, and says whether it did; set while a training runs."""
+stand_in: Callable[[bool], bool] | None = None
+"""Saves what this rank holds, in whatever thread, and says whether it did; set while a training runs.
+
+Where it can't, it says why if told that this is the last time it is asked.
+"""
+gate: Gate | None = None
+"""Before the optimizer's steps; set once a training runs on a device that has one."""
+trouble: Callable[[], str | None] | None = None
+"""Says why collectives have failed; set where it is ours to look, and nobody else ends this process for it."""
 
 
 def watch(board: Board, latch: Latch) -> threading.Thread:
@@ -50,21 +62,45 @@ def watch(board: Board, latch: Latch) -> threading.Thread:
 
 def _run(board: Board, latch: Latch) -> None:
     asks_notices = os.environ.get("LOCAL_RANK", "0") == "0"
-    while not _is_asked_to_leave(board):
+    why = None
+    while why is None and not _is_asked_to_leave(board):
         latch.wait(LOOK_S)
         end_unborn()
-        if asks_notices and not board.request and (why := NOTICES.look()):
-            log.warning("elastic-fit: asked to stop: %s", why)
+        why = trouble() if trouble is not None else None
+        if asks_notices and not board.request and (notice := NOTICES.look()):
+            log.warning("elastic-fit: asked to stop: %s", notice)
             board.ask_back(NOTICED)
         if board.request and _waits_outside(board, latch):
             _leave_early(board, latch)
-    time.sleep(PATIENCE_S)
+    if why is None:
+        time.sleep(PATIENCE_S)
     if board.phase is not Phase.RESCUING and _has_group():
-        log.info("another rank is gone: breaking the collectives that wait for it")
-        abort_collectives()
+        _break_off(why or "another rank has failed: leaving, so that the job can go on")
     while board.phase < Phase.RESCUING:
-        if _is_stuck() and (stand_in() if stand_in is not None else _has_nothing_to_save(board, latch)):
+        if _is_stuck() and (stand_in(False) if stand_in is not None else _has_nothing_to_save(board, latch)):
             _end(1)
+
+
+def _break_off(why: str) -> None:
+    """Bring the main thread back from its collectives. What they have left half done must get into no state."""
+    log.info("breaking the collectives: %s", why)
+    if gate is not None:
+        gate.close(why)
+    elif _computes_on_device():
+        # The device would go on with what they left: nothing that it holds then is to be saved, by anybody.
+        log.error("elastic-fit: ending this process: %s", why)
+        if stand_in is not None:
+            stand_in(True)
+        _end(1)
+    else:
+        abort_collectives()
+
+
+def _computes_on_device() -> bool:
+    import torch
+    import torch.distributed as dist
+
+    return torch.cuda.is_initialized() and "nccl" in dist.get_backend_config()
 
 
 def _is_asked_to_leave(board: Board) -> bool:

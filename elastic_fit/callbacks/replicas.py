@@ -142,13 +142,11 @@ def agree(trainer: pl.Trainer) -> Replicas | None:
     if not mine or min(len(ranks) for ranks in mine) < 2 or set(holders) != {mine}:
         return None
     groups = {id(group): group for layout in layouts for group in layout.groups}
-    # A device that may be behind its process is not rescued, so that nothing need be paid for it.
-    is_in_step = trainer.strategy.root_device.type == "cpu"
     return Replicas(
         rank=trainer.global_rank,
         holders=mine,
         token=tokens[0],
-        groups=tuple(groups.values()) if is_in_step else (),
+        groups=tuple(groups.values()),
     )
 
 

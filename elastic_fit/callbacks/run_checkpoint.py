@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger
 
-from elastic_fit.callbacks import _epilogue, _lightning, release
+from elastic_fit.callbacks import _epilogue, _lightning, _nccl, release
 from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
 from elastic_fit.callbacks.companions import companions
-from elastic_fit.callbacks.emergency import why_no_rescue
+from elastic_fit.callbacks.emergency import StepGuard, why_no_rescue
+from elastic_fit.callbacks.gate import Gate, gate_for
 from elastic_fit.callbacks.loggers import pin
 from elastic_fit.callbacks.seal import Seals, why_unsafe
 from elastic_fit.callbacks.session import Session
@@ -123,14 +124,23 @@ class RunCheckpoint(ElasticCheckpoint):
         """From here on there is something that can be rescued, in another thread if need be."""
         super().on_train_start(trainer, pl_module)
         release.stand_in = functools.partial(self._rescue_for_a_stuck_thread, trainer)
+        release.gate = StepGuard.of(trainer).gate
         is_restart = self._point is not None and not self._point.finished
         if is_restart and _is_stopped_early(trainer):
             trainer.should_stop = True  # which is in no checkpoint
 
-    def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer) -> bool:
+    def _make_gate(self, trainer: pl.Trainer) -> Gate | None:
+        is_to_be_rescued = self._replicas is not None or _lightning.is_replicated(trainer)
+        if release.trouble is None or not is_to_be_rescued:
+            return None
+        return gate_for(trainer.strategy.root_device, _break_off)
+
+    def _rescue_for_a_stuck_thread(self, trainer: pl.Trainer, is_last_time: bool) -> bool:
         """What the main thread would save if it came back. In the middle of an optimizer step there is nothing."""
         is_alone = trainer.world_size == 1  # then no other rank is what it waits for
-        if self._is_off(trainer) or is_alone or why_no_rescue(trainer, self._replicas) is not None:
+        if self._is_off(trainer) or is_alone:
+            return False
+        if not is_last_time and why_no_rescue(trainer, self._replicas) is not None:
             return False
         stuck = PeerLost("another rank has failed, and the main thread does not come back from what it waits for")
         return self._rescue(trainer, stuck)
@@ -167,6 +177,11 @@ class RunCheckpoint(ElasticCheckpoint):
             return
         self.save_now(trainer, "final", finished=True, ended_early=_is_stopped_early(trainer))
         self._worker.board[Word.END_UNSAVED] = int(self._seals is not None and self._seals.last_failure is not None)
+
+
+def _break_off() -> None:
+    _nccl.abort()
+    release.abort_collectives()
 
 
 def _is_stopped_early(trainer: pl.Trainer) -> bool:

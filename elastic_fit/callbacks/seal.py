@@ -276,17 +276,23 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def _floating(thing: Any) -> Iterable[torch.Tensor]:
     if isinstance(thing, torch.Tensor):
-        local = thing.to_local() if hasattr(thing, "to_local") else thing
-        if local.is_complex():
-            local = torch.view_as_real(local.resolve_conj())
-        if local.is_floating_point() and local.numel():
-            yield local.detach()
+        for part in _own_parts(thing):
+            local = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
+            if local.is_floating_point() and local.numel():
+                yield local.detach()
     elif isinstance(thing, Mapping):
         for value in thing.values():
             yield from _floating(value)
     elif isinstance(thing, (list, tuple)):
         for value in thing:
             yield from _floating(value)
+
+
+def _own_parts(tensor: Any) -> Iterable[torch.Tensor]:
+    """What of a tensor is on this rank: a DTensor's part, the shards of FSDP's older ShardedTensor, or all of it."""
+    if hasattr(tensor, "local_shards"):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor]
 
 
 def facts_of(trainer: pl.Trainer, purpose: Purpose, checkpoint: Mapping[str, Any], branch: int) -> Facts:

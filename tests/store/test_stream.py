@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import xxhash
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 
 from elastic_fit.callbacks.seal import is_finite, persist
 from elastic_fit.supervisor.store import CheckpointStore, Disk, Facts, SaveFailed, latest_valid, verify
@@ -163,3 +167,18 @@ def test_large_numbers_whose_sum_overflows_are_finite() -> None:
     assert is_finite({"state_dict": {"a": torch.full((8,), largest), "b": torch.full((8,), 60000.0).half()}})
     assert not is_finite({"state_dict": {"a": torch.tensor([float("inf"), float("-inf")])}})
     assert is_finite({"state_dict": {}})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_shards_of_fsdp_are_looked_into(bad: float) -> None:
+    """Its sharded state without a device mesh is made of ShardedTensor, which knows next to no operation."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        place = ShardMetadata(shard_offsets=[0], shard_sizes=[3], placement="rank:0/cpu")
+        good, spoilt = (
+            init_from_local_shards([Shard(torch.tensor([1.0, 2.0, last]), place)], 3) for last in (3.0, bad)
+        )
+        assert is_finite({"state_dict": {"a": good}})
+        assert not is_finite({"state_dict": {"a": good, "b": spoilt}})
+    finally:
+        dist.destroy_process_group()
