@@ -25,6 +25,10 @@ class Listed:
     generation: int | None
     branch: int | None
     """0, and one more each time that a training went back behind what was there: the highest is the newest."""
+    finished: bool | None
+    """Whether its fit had ended; of two of one branch, step and generation such a one is the newer."""
+    weights_only: bool | None
+    """Whether it holds no more than weights: no training goes on from it."""
     world_size: int | None
     valid: bool
     why: str
@@ -50,7 +54,7 @@ def inventory(place: str, *, deep: bool = False) -> list[Listed]:
     listed = [_listed(str(each), verdict) for each, verdict in found]
     return sorted(
         listed,
-        key=lambda one: (one.step is not None, one.branch, one.step, one.generation, one.created),
+        key=lambda one: (one.step is not None, one.branch, one.step, one.generation, one.finished, one.created),
         reverse=True,
     )
 
@@ -99,6 +103,8 @@ def _listed(path: str, verdict: Verdict) -> Listed:
         reason=manifest.reason if manifest else None,
         generation=manifest.generation if manifest else None,
         branch=manifest.branch if manifest else None,
+        finished=bool(manifest.extra.get("finished")) if manifest else None,
+        weights_only=bool(manifest.extra.get("weights_only")) if manifest else None,
         world_size=manifest.world_size if manifest else None,
         valid=verdict.valid,
         why=verdict.why,

@@ -17,7 +17,7 @@ from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts
 
 COLUMNS = {"path", "step", "epoch", "kind", "reason", "generation", "branch"}
-COLUMNS |= {"world_size", "valid", "why", "bytes", "created"}
+COLUMNS |= {"finished", "weights_only", "world_size", "valid", "why", "bytes", "created"}
 
 
 @pytest.fixture
@@ -57,6 +57,22 @@ def test_json_is_what_the_design_says_newest_first(run: RunDir) -> None:
     assert "4 bytes" in document["checkpoints"][0]["why"]
     assert "no manifest" in document["checkpoints"][-1]["why"]
     assert code == 1
+
+
+def test_json_tells_all_that_the_order_goes_by_and_what_is_no_start(tmp_path: Path) -> None:
+    """Whoever reads it finds by it what a resume would choose."""
+    store = CheckpointStore(tmp_path)
+    for name, extra in (("end.ckpt", {"finished": True}), ("a.ckpt", {}), ("weights.ckpt", {"weights_only": True})):
+        with store.stage(name) as staged:
+            with staged.open() as file:
+                file.write(b"state")
+            staged.commit(Facts(step=30 if name == "weights.ckpt" else 20, extra=extra))
+    found = json.loads(call(ls, str(tmp_path), "--json")[1])["checkpoints"]
+    assert [Path(one["path"]).name for one in found] == ["weights.ckpt", "end.ckpt", "a.ckpt"]
+    chosen = store.latest_valid().chosen
+    assert chosen is not None
+    assert next(one["path"] for one in found if one["valid"] and not one["weights_only"]) == str(chosen.path)
+    assert [one["finished"] for one in found] == [False, True, False]
 
 
 def test_a_pipe_gets_lines_that_cut_can_take_apart(run: RunDir) -> None:

@@ -55,6 +55,22 @@ def left(folder: Path) -> list[int]:
     return sorted(one.manifest.step for one in open_store(folder).committed())
 
 
+def test_what_was_left_behind_is_named_and_is_not_the_best(run: RunDir) -> None:
+    store = open_store(run.fit(1))
+    store.begin(2)
+    for step in (3, 4):
+        with store.stage(f"again-{step}.ckpt") as staged:
+            with staged.open() as file:
+                file.write(b"state")
+            staged.commit(Facts(step=step, branch=store.branch, metrics={"val_loss": 9.0 - step}))
+    _, dry = call(prune, str(run.root), "--best", "val_loss", "--dry-run")
+    planned = {Path(one["path"]).name: one for one in dry["plan"] if one["what"] != "sweep"}
+    assert {name for name, one in planned.items() if one["what"] == "keep"} == {"step=2.ckpt", "again-4.ckpt"}
+    behind = {name for name, one in planned.items() if "left behind" in one["why"]}
+    assert behind == {f"step={step}.ckpt" for step in (3, 4, 5, 6)}
+    assert planned["again-4.ckpt"]["branch"] == 1
+
+
 def test_a_job_of_several_nodes_that_goes_on_is_refused_and_pruned_once_it_has_ended(
     elastic: Elastic, tmp_path: Path
 ) -> None:

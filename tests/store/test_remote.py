@@ -32,7 +32,7 @@ def save(store: CheckpointStore, step: int, name: str = "", data: bytes = b"stat
     with store.stage(name or f"step={step}.ckpt") as staged:
         with staged.open() as file:
             file.write(data * step)
-        staged.commit(Facts(step=step))
+        staged.commit(Facts(step=step, branch=store.branch))
 
 
 def objects() -> dict[str, bytes]:
@@ -307,6 +307,24 @@ def test_a_name_that_was_used_again_after_an_interrupted_deletion_stays(
     assert newest(url) == 1
 
 
+def test_a_training_that_went_back_saves_what_is_newer_than_all_it_left_behind(url: str) -> None:
+    for step in (1, 2, 3):
+        save(open_store(url), step)
+    again = open_store(url)
+    behind = again.begin(1)
+    assert behind is not None
+    assert str(behind.path) == f"{url}/step=3.ckpt"
+    save(again, 2, "again.ckpt")
+    chosen = latest_valid(url).chosen
+    assert chosen is not None
+    assert str(chosen.path) == f"{url}/again.ckpt"
+    third = open_store(url)
+    assert third.begin(2) is None, "it goes on with the branch that is there"
+    save(third, 4)
+    assert newest(url) == 4
+    assert open_store(url).committed()[0].manifest.branch == 1
+
+
 def test_last_is_a_copy_that_any_tool_can_open(url: str) -> None:
     store = open_store(url)
     for step in (1, 2):
@@ -351,6 +369,21 @@ def test_training_saves_to_a_url_resumes_from_it_and_keeps_two(url: str, tmp_pat
     kept = ["epoch=0-step=6.ckpt", "epoch=1-step=14.ckpt", "epoch=1-step=16.ckpt"]
     assert names == [name + end for name in kept for end in ("", SUFFIX)]
     assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_a_training_that_goes_back_at_a_url_is_the_one_that_the_next_goes_on_with(url: str, tmp_path: Path) -> None:
+    def fit(*callbacks: pl.Callback, resume: str | None = None) -> None:
+        checkpoint = ElasticCheckpoint(dirpath=url, every_n_train_steps=2, keep=99, resume=resume)
+        trainer(tmp_path, checkpoint, *callbacks).fit(Line())
+
+    fit()
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        fit(At(9, fall_over), resume=f"{url}/epoch=0-step=4.ckpt")
+    assert newest(url) == 8
+    steps = Steps()
+    fit(steps, resume="auto")
+    assert steps.seen[0] == 9
+    assert newest(url) == 16
 
 
 def test_lightning_itself_goes_on_from_the_url_with_weights_only(url: str, tmp_path: Path) -> None:

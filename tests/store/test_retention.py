@@ -18,10 +18,12 @@ from elastic_fit.supervisor.store import (
     CheckpointStore,
     EveryHours,
     EverySteps,
+    Facts,
     FileEntry,
     LastN,
     Manifest,
     Retention,
+    line,
     surplus,
 )
 from tests.store.aftermath import Tally
@@ -176,6 +178,35 @@ def test_the_first_of_a_window_is_of_the_newest_branch_that_came_through_it(tmp_
         save(store, step)
     goes = surplus(store.valid(), EverySteps(20))
     assert goes == ["step=20.ckpt", "step=30.ckpt"], "25 is the first from 20 on, and 60 the only one from 60 on"
+
+
+def test_the_best_is_of_the_line_that_the_run_goes_on_with(tmp_path: Path) -> None:
+    """What somebody went back behind would else push out what has come of it since."""
+    store = CheckpointStore(tmp_path)
+    for step, loss in ((10, 5.0), (20, 3.0), (30, 1.0), (40, 2.0)):
+        save_scored(store, step, loss)
+    store.begin(20)
+    for step, loss in ((30, 2.5), (40, 2.0)):
+        save_scored(store, step, loss, f"again-{step}.ckpt")
+    assert [one.path.name for one in line(store.valid())] == [
+        "again-40.ckpt",
+        "again-30.ckpt",
+        "step=20.ckpt",
+        "step=10.ckpt",
+    ]
+    best = Best(metric="loss", count=2)
+    assert best.keep(store.valid()) == {"again-40.ckpt", "again-30.ckpt"}
+    assert Best(metric="loss", count=3).keep(store.valid()) == {"again-40.ckpt", "again-30.ckpt", "step=20.ckpt"}
+    store.begin(0)
+    save_scored(store, 10, 9.0, "anew-10.ckpt")
+    assert best.keep(store.valid()) == {"anew-10.ckpt"}, "a training from the start has left all of it behind"
+
+
+def save_scored(store: CheckpointStore, step: int, loss: float, name: str = "") -> None:
+    with store.stage(name or f"step={step}.ckpt") as staged:
+        with staged.open() as file:
+            file.write(b"state")
+        staged.commit(Facts(step=step, branch=store.branch, metrics={"loss": loss}))
 
 
 def test_a_torn_checkpoint_does_not_count_among_those_to_keep(tmp_path: Path) -> None:

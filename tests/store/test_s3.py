@@ -164,6 +164,9 @@ def test_training_goes_on_from_s3_after_a_bit_has_flipped_there(bucket: str, tmp
     seen: list[int] = []
     fit(At(5, lambda trainer: seen.append(trainer.global_step)), resume="auto")
     assert seen == [5]
+    chosen = latest_valid(bucket).chosen
+    assert chosen is not None
+    assert (chosen.manifest.branch, chosen.manifest.step) == (1, 16), "newer than the rotten ones, of whatever step"
     assert verify(f"{bucket}/last.ckpt").valid
     assert cli.main(["verify", "--deep", f"{bucket}/last.ckpt", "--json"]) == 0
 

@@ -25,6 +25,7 @@ from elastic_fit.supervisor.store import (
     LastN,
     Retention,
     is_remote,
+    line,
     local_path,
     newest_generation,
     surplus,
@@ -48,6 +49,8 @@ class Planned:
     """``keep``, ``delete``, ``sweep`` (a leftover of an interrupted save) or ``invalid`` (not counted, not touched)."""
     why: str = ""
     step: int | None = None
+    branch: int | None = None
+    """Of the highest one is what the run goes on from; see ``elastic-fit ls --json``."""
     kind: str | None = None
     bytes: int | None = None
 
@@ -89,7 +92,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--every-steps", type=int, metavar="N", help="keep the first of every N optimizer steps")
     parser.add_argument("--every-hours", type=float, metavar="H", help="keep the first of every H hours")
     parser.add_argument(
-        "--best", action="append", metavar="METRIC[:min|max[:N]]", help="keep the N best by a metric (min, 1)"
+        "--best",
+        action="append",
+        metavar="METRIC[:min|max[:N]]",
+        help="keep the N best by a metric (min, 1); not what a training has gone back behind",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="only show; exit status 1 where there is something to do")
@@ -218,11 +224,14 @@ def plan(store: CheckpointStore, policy: Retention) -> list[Planned]:
         else:
             valid.append(Checkpoint(path=path, manifest=verdict.manifest))
     goes = set(surplus(valid, policy))
+    in_line = {one.path.name for one in line(valid)}
     planned = [
         Planned(
             path=str(one.path),
             what="delete" if one.path.name in goes else "keep",
+            why="" if one.path.name in in_line else "left behind: a training has gone back to before it",
             step=one.manifest.step,
+            branch=one.manifest.branch,
             kind=one.manifest.kind,
             bytes=one.manifest.total_bytes,
         )

@@ -39,7 +39,7 @@ from elastic_fit.supervisor.store.generation import (
 )
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
-from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, surplus
+from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, line, surplus
 from elastic_fit.supervisor.store.staging import SaveFailed
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
@@ -74,6 +74,7 @@ __all__ = [
     "hold",
     "is_remote",
     "latest_valid",
+    "line",
     "local_path",
     "newest_generation",
     "open_store",

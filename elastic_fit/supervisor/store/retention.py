@@ -17,6 +17,22 @@ class Retention(Protocol):
         """Names of those that stay, given the valid ones, newest first."""
 
 
+def line(valid: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that the newest one has come from, and it, newest first, as far as that can be told.
+
+    A branch begins behind what was there: of an older one, what is as far as a newer one's first checkpoint, or
+    further, was left behind.
+    """
+    found: list[Checkpoint] = []
+    branch, limit = None, math.inf
+    for one in valid:
+        if one.manifest.branch != branch:
+            branch, limit = one.manifest.branch, min((each.manifest.step for each in found), default=math.inf)
+        if one.manifest.step < limit:
+            found.append(one)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class LastN:
     """The newest `count`."""
@@ -60,7 +76,11 @@ class EveryHours:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
-    """The best `count` by a metric of the manifest; one that isn't there, or NaN, ranks nothing."""
+    """The best `count` of the newest one's `line` by a metric of the manifest.
+
+    One that isn't there, or NaN, ranks nothing; nor does what a training has gone back behind: its best would push out
+    what has come of it since.
+    """
 
     metric: str
     count: int
@@ -68,7 +88,7 @@ class Best:
 
     def keep(self, valid: Sequence[Checkpoint]) -> set[str]:
         """See `Retention`."""
-        scored = [one for one in valid if not math.isnan(one.manifest.metrics.get(self.metric, math.nan))]
+        scored = [one for one in line(valid) if not math.isnan(one.manifest.metrics.get(self.metric, math.nan))]
         ranked = sorted(scored, key=lambda one: one.manifest.metrics[self.metric], reverse=self.mode == "max")
         return {one.path.name for one in ranked[: self.count]}
 
