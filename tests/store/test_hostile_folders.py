@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from hypothesis import strategies as st
 
 from elastic_fit.supervisor.errors import ElasticFitError, StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Facts, FileEntry, Manifest, ManifestError, verify
-from elastic_fit.supervisor.store.manifest import MAX_BYTES, MAX_FILES
+from elastic_fit.supervisor.store.manifest import MAX_BYTES, MAX_FILES, MAX_THINGS
 from tests.store.stories import SHARDS, save, store_in
 
 NOT_OURS = 12345
+MOST_MEMORY = 256 << 20
+"""What it may take to find out that a checkpoint is none, in bytes."""
 
 
 @pytest.fixture
@@ -212,6 +216,51 @@ def test_a_manifest_is_read_with_limits(store: CheckpointStore) -> None:
     many = {**json.loads(manifest(store, 20).read_bytes()), "files": [entry("x")] * (MAX_FILES + 1)}
     with pytest.raises(ManifestError, match=r"between 1 and|larger than"):
         Manifest.parse(sealed(many))
+
+
+ROOM = MAX_BYTES - 100
+SHAPES = {
+    "lists": b"[" + b"[]," * (ROOM // 3) + b"0]",
+    "objects": b"[" + b"{}," * (ROOM // 3) + b"0]",
+    "numbers": b"[" + b"1," * (ROOM // 2) + b"0]",
+    "texts": b"[" + b'"",' * (ROOM // 3) + b"0]",
+    "numbers below many lists": b"[" * 29 + b"1," * (ROOM // 2) + b"0" + b"]" * 29,
+    "as many things as may be": b"[" * 29 + b"1," * (MAX_THINGS - 40) + b"0" + b"]" * 29,
+    "lists in lists": b"[" * ROOM,
+    "letters that are written as six": b'"' + "é".encode() * (ROOM // 2) + b'"',
+}
+PEAK = """
+import re, sys
+from pathlib import Path
+from elastic_fit.supervisor.store import verify
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+before = peak()
+assert not verify(sys.argv[1]).valid
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_manifest_however_made_takes_much_memory(store: CheckpointStore, shape: str) -> None:
+    """16 MiB of text are let in, and could be eight million lists."""
+    path = manifest(store, 30)
+    path.write_bytes(b'{"schema_version": 1, "extra": ' + SHAPES[shape] + b"}")
+    assert path.stat().st_size <= MAX_BYTES
+    command = [sys.executable, "-c", PEAK, str(store.root / "step=30.ckpt")]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    assert peak < MOST_MEMORY
+
+
+def test_a_manifest_that_nobody_could_read_is_not_acknowledged(tmp_path: Path) -> None:
+    with store_in(tmp_path).stage("step=10.ckpt") as staged:
+        with staged.open() as file:
+            file.write(b"state")
+        with pytest.raises(ManifestError, match="more than"):
+            staged.commit(Facts(step=10, extra={"all": [0] * MAX_THINGS}))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,6 +19,8 @@ SCHEMA_VERSION = 1
 SUFFIX = ".manifest.json"
 MAX_BYTES = 16 << 20
 MAX_FILES = 200_000
+MAX_THINGS = 1 << 20
+"""Values in a manifest, of whatever kind: each takes a hundred times the memory of its one or two letters of text."""
 MAX_NAME = 1024
 MAX_DEPTH = 32
 """How deep the JSON of a manifest may be nested."""
@@ -101,14 +103,18 @@ class Manifest(Facts):
         return self.name in ("", file_name) or (aside is not None and self.name == aside[0])
 
     def to_bytes(self) -> bytes:
-        """The text that is stored; its ``seal`` is the digest of all the rest."""
-        return _sealed(asdict(self))
+        """The text that is stored; its ``seal`` is the digest of all the rest.
+
+        Raises ManifestError where nobody would read it again, as it is too large.
+        """
+        data = _sealed(asdict(self))
+        _check_size(data)
+        return data
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
         """From its text. Raises ManifestError for anything that isn't exactly a manifest."""
-        if len(data) > MAX_BYTES:
-            raise ManifestError(f"the manifest is larger than {MAX_BYTES} bytes")
+        _check_size(data)
         try:
             record = json.loads(data)
             if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
@@ -143,6 +149,13 @@ def _sealed(record: dict[str, Any]) -> bytes:
     body = json.dumps({key: value for key, value in record.items() if key != "seal"}, sort_keys=True).encode()
     seal = xxhash.xxh3_128_hexdigest(body)
     return (json.dumps({**record, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_BYTES:
+        raise ManifestError(f"the manifest is larger than {MAX_BYTES} bytes")
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_THINGS:
+        raise ManifestError(f"the manifest holds more than {MAX_THINGS} things")
 
 
 def _check_depth(thing: object, limit: int) -> None:
