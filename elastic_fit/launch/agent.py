@@ -39,6 +39,7 @@ from elastic_fit.supervisor.policy import (
 )
 from elastic_fit.supervisor.stop import Answer, StopRequest, answer
 from elastic_fit.supervisor.watch import signal_name
+from elastic_fit.supervisor.wish import NO_WISH, Wish
 
 IDLE_S = 0.25
 """Longest sleep of the loop while all is well."""
@@ -74,7 +75,7 @@ class Effects:
     latch: Latch
     ledger: Ledger
     observer: Observer
-    select_resume: Callable[[], tuple[ResumePoint, ...]]
+    select_resume: Callable[[Wish], tuple[ResumePoint, ...]]
     """Choose and verify the points to go on from; raises NoValidCheckpoint."""
     plan: Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
     """What to start one worker with, in a given attempt."""
@@ -105,9 +106,17 @@ class ElasticAgent(TorchelasticAgent):
     """
 
     def __init__(
-        self, spec: WorkerSpec, program: Program, effects: Effects, *, policy: RestartPolicy, limits: Limits
+        self,
+        spec: WorkerSpec,
+        program: Program,
+        effects: Effects,
+        *,
+        policy: RestartPolicy,
+        limits: Limits,
+        wish: Wish = NO_WISH,
     ) -> None:
         super().__init__(spec)
+        self._wish = wish
         self.status = Status.FAILED
         self.restarts = 0
         self.reached_step = 0
@@ -160,7 +169,7 @@ class ElasticAgent(TorchelasticAgent):
         if self._stop is not None:
             return None
         started = fx.now_ns()
-        self._resume = fx.select_resume()
+        self._resume = fx.select_resume(self._wish)
         return self._fork(number, self.form(number), started)
 
     def _fork(self, number: int, group: WorkerGroup, started: int) -> Attempt:
@@ -348,7 +357,7 @@ class ElasticAgent(TorchelasticAgent):
         root = root_cause(failures)
         reached = max(attempt.highest_step, max((point.step for point in self._resume), default=0))
         attempt.finish()
-        resume = max((point.step for point in fx.select_resume()), default=0)
+        resume = max((point.step for point in fx.select_resume(self._wish)), default=0)
         failure = Failure(
             cause=root.cause,
             reached_step=reached,

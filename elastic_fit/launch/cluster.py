@@ -38,6 +38,7 @@ from elastic_fit.supervisor.policy import (
 )
 from elastic_fit.supervisor.roster import Cause
 from elastic_fit.supervisor.stop import StopRequest
+from elastic_fit.supervisor.wish import Wish
 
 VERDICT_S = 10.0
 """How long after a stop's deadline a node waits to hear how the job has ended."""
@@ -55,6 +56,7 @@ class ClusterAgent(ElasticAgent):
 
     Args:
         rendezvous: the members' meeting place, the same object as the spec's handler.
+        settle: which checkpoint the command line asks for, of a job that begins under that generation.
         tally: the run's account so far; taken once, by the node that closes the job, so that all tell the same.
         waiting: told, about twice a second, what this node waits for.
         news: told what has happened to the job, in a line for people.
@@ -69,6 +71,7 @@ class ClusterAgent(ElasticAgent):
         *,
         policy: RestartPolicy,
         limits: Limits,
+        settle: Callable[[int], Wish],
         tally: Callable[[], Goodput | None],
         waiting: Callable[[str], None],
         news: Callable[[str], None],
@@ -77,6 +80,7 @@ class ClusterAgent(ElasticAgent):
         self._rendezvous_of_nodes = rendezvous
         self.tally: Goodput | None = None
         """The run's account as the job was closed with it; None where it was not."""
+        self._settle = settle
         self._take_tally = tally
         self._waiting = waiting
         self._news = news
@@ -278,7 +282,10 @@ class ClusterAgent(ElasticAgent):
             return Verdict(goes_on=False, status=int(status), facts={"why": "finished"})
         if gathered.note or gathered.cause is Cause.STOP or any(one.cause is Cause.STOP for one in gathered.reports):
             return self._conclude(gathered, gathered.note)
-        resume = self._fx.select_resume()
+        # The wish is that of whoever began the job, or goes on with it after all have died; who joins them has none.
+        begins = len(gathered.gone) == len(gathered.previous)
+        self._wish = self._settle(gathered.generation) if begins else Wish.parse(facts["wish"])
+        resume = self._fx.select_resume(self._wish)
         told: dict[str, Any] | None = None
         failures = [_failure(one) for report in gathered.reports for one in report.failures]
         if failures and not gathered.gone:
@@ -295,6 +302,7 @@ class ClusterAgent(ElasticAgent):
         return Verdict(
             goes_on=True,
             facts={
+                "wish": asdict(self._wish),
                 "resume": [asdict(point) for point in resume],
                 "attempt": attempt,
                 "restarts": restarts,

@@ -24,8 +24,9 @@ from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.supervisor.errors import PortTaken
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.ledger import Ledger
+from elastic_fit.supervisor.ledger import Ledger, read
 from elastic_fit.supervisor.pulse import ListeningClock
+from elastic_fit.supervisor.requeue import has_begun
 from elastic_fit.supervisor.roster import Profile, Roster
 from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store.generation import (
@@ -71,7 +72,7 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
             return found
         identity = folder.create(command=sys.argv)
         return _Node(invocation, console, nursery, folder, identity, guest_of=found).run()
-    if invocation.fresh and not _others_run(folder, invocation):
+    if invocation.fresh and not _has_begun(folder, invocation):
         console.set_aside(set_aside(folder))
     job = invocation.job
     identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
@@ -108,12 +109,14 @@ def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
     return Roster.parse(found[1]) if found is not None else None
 
 
-def _others_run(folder: RunDir, invocation: Invocation) -> bool:
-    """Whether a job goes on in this folder: then `--fresh` was the business of the node that began it."""
+def _has_begun(folder: RunDir, invocation: Invocation) -> bool:
+    """Whether this job has begun in the folder: then `--fresh` was the business of its first start's first node."""
     from elastic_fit.launch.introduction import is_going_on
 
     if not folder.is_run():
         return False
+    if invocation.job is not None and has_begun(read(folder.events), invocation.job.job_id):
+        return True
     name = run_name(invocation, folder.read_identity())
     return is_going_on(arbiter_of(invocation, folder, name))
 
@@ -273,12 +276,13 @@ class _Node:
         from elastic_fit.launch.resume import ResumeChooser
         from elastic_fit.supervisor.policy import RestartPolicy
 
+        chooser = ResumeChooser(self.folder, ledger, self.invocation, self.console.line)
         effects = Effects(
             nursery=self.nursery,
             latch=latch,
             ledger=ledger,
             observer=self.console,
-            select_resume=ResumeChooser(self.folder, ledger, self.invocation, self.console.line),
+            select_resume=chooser,
             plan=self._planner(rendezvous),
             seconds_left=self._start.seconds_left if self._start is not None else lambda: None,
             stop_order=self.folder.stop_order,
@@ -291,6 +295,7 @@ class _Node:
             rendezvous,
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=limits_of(self.invocation),
+            settle=chooser.settle,
             tally=lambda: tally(ledger),
             waiting=self._tell_wait,
             news=self._tell_news,

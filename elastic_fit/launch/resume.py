@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import NoValidCheckpoint, StorageError, UsageError
-from elastic_fit.supervisor.ledger import Ledger
+from elastic_fit.supervisor.ledger import Ledger, read
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import (
     Checkpoint,
@@ -20,6 +21,7 @@ from elastic_fit.supervisor.store import (
     verify,
 )
 from elastic_fit.supervisor.store.parts import Unfinished, unfinished
+from elastic_fit.supervisor.wish import EVENT, Wish, is_news, settle
 
 if TYPE_CHECKING:
     from elastic_fit.launch.parser import Invocation
@@ -33,7 +35,7 @@ class ResumeChooser:
     Args:
         folder: the run's folder.
         ledger: gets a ``resume`` event per fit, with every rejected candidate and its reason; None to leave no trace.
-        invocation: may name a checkpoint to go on from (``--resume-from``), used until the run has one of its own.
+        invocation: may name a checkpoint to go on from (``--resume-from``).
         tell: shows a person a line: each checkpoint that is passed over, or taken although it shouldn't be, and why.
     """
 
@@ -47,21 +49,39 @@ class ResumeChooser:
         self._folder = folder
         self._ledger = ledger
         self._invocation = invocation
-        self._explicit = invocation.resume_from.resolve() if invocation.resume_from else None
-        self._generation = newest_generation(folder.generations)
         self._tell = tell
         self._told: set[Rejected] = set()
 
-    def __call__(self) -> tuple[ResumePoint, ...]:
+    def settle(self, generation: int) -> Wish:
+        """What the run, which begins under that generation, goes on from by this command. Once for all its nodes."""
+        asked, job = self._invocation.resume_from, self._invocation.job
+        mine = Wish(
+            path=str(asked.resolve()) if asked else None,
+            command=(self._invocation.script, *self._invocation.script_args),
+            job=job.job_id if job is not None else None,
+            generation=generation,
+        )
+        events = read(self._folder.events) if asked or self._ledger is not None else []
+        settled = settle(mine, events)
+        if self._ledger is not None and is_news(settled, events):
+            self._ledger.write(EVENT, **asdict(settled))
+        if settled.generation < generation:
+            self._tell(f"--resume-from {settled.path} was followed before: what was saved since is gone on from")
+        return settled
+
+    def __call__(self, wish: Wish) -> tuple[ResumePoint, ...]:
         """The points to go on from, by number of the fit.
+
+        Args:
+            wish: as settled when the run began, by this node or another one.
 
         Raises NoValidCheckpoint where there are checkpoints and none of them can be used.
         """
-        fits = sorted({*self._fits(), *([1] if self._explicit else [])})
+        fits = sorted({*self._fits(), *([1] if wish.path else [])})
         lost = {fit: unfinished(self._folder.fit(fit)) for fit in fits}
         if self._ledger is not None:
             self._sweep(self._ledger)
-        points = tuple(point for number in fits if (point := self._choose(number)) is not None)
+        points = tuple(point for number in fits if (point := self._choose(number, wish)) is not None)
         self._tell_unfinished(lost, {point.fit: point.step for point in points})
         return points
 
@@ -94,10 +114,10 @@ class ResumeChooser:
                 self._ledger.write("no_rescue", step=step, why=why, safe_step=safe_step, lost=step - safe_step)
                 self._tell(f"{step - safe_step} steps since step {safe_step} are lost: {why}")
 
-    def _choose(self, fit: int) -> ResumePoint | None:
+    def _choose(self, fit: int, wish: Wish) -> ResumePoint | None:
         selection = CheckpointStore(self._folder.fit(fit)).latest_valid()
-        if self._explicit is not None and fit == 1:
-            selection = self._named(self._explicit, selection)
+        if wish.path is not None and fit == 1 and not _is_since(wish, selection):
+            selection = self._named(Path(wish.path))
         chosen = selection.chosen
         self._note(fit, selection)
         if chosen is None and selection.rejected:
@@ -105,10 +125,8 @@ class ResumeChooser:
         self._tell_rejected(chosen, selection)
         return _point(fit, chosen) if chosen else None
 
-    def _named(self, path: Path, own: Selection) -> Selection:
-        """The checkpoint that was asked for, until the run has written one of a newer generation itself."""
-        if own.chosen is not None and own.chosen.manifest.generation >= self._generation:
-            return own
+    def _named(self, path: Path) -> Selection:
+        """The checkpoint that was asked for."""
         if not path.exists():
             raise UsageError(f"there is no checkpoint {path}", hint="elastic-fit ls RUN_DIR lists those of a run")
         verdict = verify(path)
@@ -141,6 +159,11 @@ class ResumeChooser:
             verified=selection.verified or None,
             rejected=[{"path": str(one.path), "why": one.why} for one in selection.rejected],
         )
+
+
+def _is_since(wish: Wish, own: Selection) -> bool:
+    """Whether the run has saved a checkpoint of its own since it began with that wish."""
+    return own.chosen is not None and own.chosen.manifest.generation >= wish.generation
 
 
 def _point(fit: int, chosen: Checkpoint) -> ResumePoint:

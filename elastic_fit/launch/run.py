@@ -14,7 +14,8 @@ from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.ledger import Ledger
 from elastic_fit.supervisor.rundir import Identity, RunDir
-from elastic_fit.supervisor.store import Lease, hold, set_aside
+from elastic_fit.supervisor.store import Lease, hold, newest_generation, set_aside
+from elastic_fit.supervisor.wish import Wish
 
 if TYPE_CHECKING:
     from elastic_fit.launch.agent import ElasticAgent
@@ -74,7 +75,8 @@ def _would_resume(invocation: Invocation, folder: RunDir, console: Console) -> t
         return ()
     if folder.root.exists() and not folder.root.is_dir():
         raise UsageError(f"the run folder {folder.root} is no folder", hint="give another one with --run-dir")
-    return ResumeChooser(folder, None, invocation, console.line)()
+    chooser = ResumeChooser(folder, None, invocation, console.line)
+    return chooser(chooser.settle(newest_generation(folder.generations) + 1))
 
 
 @dataclass(slots=True)
@@ -97,18 +99,21 @@ class _Launch:
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
         with SignalLatch() as latch:
             chooser = ResumeChooser(self.folder, ledger, self.invocation, self.console.line)
-            resume = chooser()
+            wish = chooser.settle(self.lease.generation)
+            resume = chooser(wish)
             planner = Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation)
             if self.lease.recovered:
                 self.console.line(self.lease.recovered)
             self.console.start(self.invocation, self.folder, self.lease.generation, resume, planner.logs_root)
             self.nursery.preload(self.invocation.preload)
-            agent = self._agent(ledger, chooser, latch, planner)
+            agent = self._agent(ledger, chooser, wish, latch, planner)
             agent.run()
             agent.forget_orders()
         return close(agent.status, tally(ledger), ledger, self.console)
 
-    def _agent(self, ledger: Ledger, chooser: ResumeChooser, latch: SignalLatch, planner: Planner) -> ElasticAgent:
+    def _agent(
+        self, ledger: Ledger, chooser: ResumeChooser, wish: Wish, latch: SignalLatch, planner: Planner
+    ) -> ElasticAgent:
         from elastic_fit.launch.agent import Effects, ElasticAgent
         from elastic_fit.launch.planner import limits_of, program_of, spec_of
         from elastic_fit.launch.rendezvous import SoloRendezvous
@@ -132,4 +137,5 @@ class _Launch:
             effects,
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=limits_of(self.invocation),
+            wish=wish,
         )

@@ -171,6 +171,11 @@ def why_started_again(events: Iterable[Event], job: str, start: int) -> Interrup
     return known.get(start - 1, Interruption.CRASH)
 
 
+def has_begun(events: Iterable[Event], job: str) -> bool:
+    """Whether a start of that job has written into this ledger."""
+    return any(event.event == "incarnation" and event.get("job") == job for event in events)
+
+
 def count_causes(events: Iterable[Event], job: str) -> dict[Interruption, int]:
     """How often each cause has interrupted the job."""
     counts = dict.fromkeys(Interruption, 0)

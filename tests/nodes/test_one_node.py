@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.ledger import Event, read
 from tests.launching import Launched
 from tests.nodes.cluster import FIT, wait_until
 
@@ -80,6 +80,37 @@ def test_fresh_starts_over_also_where_the_last_job_was_killed_before_it_could_sa
     assert again.returncode == 0, text
     assert "starting over; the old run is kept in" in text
     assert "resume   none: starting at step 0" in text
+
+
+@pytest.mark.slow
+def test_resume_from_goes_back_once_also_where_the_launcher_was_killed_before_it_could_say_a_word(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "job"
+    checkpoints = folder / "run" / "checkpoints" / "fit-1"
+    named = checkpoints / "step=20.ckpt"
+    flags = ("--checkpoint-steps", "20", "--keep", "1000")
+
+    def killed_after(step: int, *more: str) -> None:
+        job = start(folder, "1:4", 100_000, *flags, *more)
+        wait_until(lambda: any(save["step"] >= step for save in noted("save")[saved:]), 60)
+        job.kill()
+        job.communicate()
+
+    def noted(name: str) -> list[Event]:
+        return [event for event in read(folder / "run" / "events.jsonl") if event.event == name]
+
+    saved = 0
+    killed_after(60)
+    back = ("--resume-from", str(named))
+    saved = len(noted("save"))
+    killed_after(40, *back)
+    newest = noted("save")[-1]["step"]
+    (folder / "last-step").write_text(str(newest + 20))
+    again = start(folder, "1:4", 100_000, *flags, *back)
+    _, text = again.communicate(timeout=60)
+    assert again.returncode == 0, text
+    assert [event["step"] for event in noted("resume")] == [20, newest], "back, and then on"
 
 
 def test_job_whose_etcd_is_not_there_says_so_and_ends_when_its_patience_does(

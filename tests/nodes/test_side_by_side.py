@@ -102,3 +102,23 @@ def test_spare_that_leaves_is_not_taken_for_the_end_of_the_run(nodes: Nodes) -> 
         [sys.executable, "-m", "elastic_fit", "stop", run], capture_output=True, text=True, timeout=60
     )
     assert "nothing runs there" in again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_what_a_newcomer_was_asked_to_go_on_from_is_nothing_to_the_job_even_where_it_comes_to_lead(
+    nodes: Nodes,
+) -> None:
+    first = nodes.start("1:2", "--checkpoint-steps", "20", "--keep", "1000")
+    nodes.wait_until(lambda: nodes.train(2) and nodes.noted("save"))
+    named = nodes.noted("save")[0]["path"]
+    second = nodes.start("1:2", "--resume-from", str(named))
+    nodes.wait_until(lambda: nodes.train(4))
+    first.kill()
+    nodes.wait_until(lambda: nodes.noted("rescue"))
+    before = len(nodes.noted("resume"))
+    nodes.wait_until(lambda: nodes.noted("resume")[before:])
+    second.terminate()
+    second.communicate(timeout=60)
+    steps = [event["step"] for event in nodes.noted("resume")]
+    assert steps == sorted(steps), "the job never goes back"
+    assert nodes.noted("resume_from") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -441,3 +442,30 @@ def test_lightnings_own_slurm_support_is_out_of_the_way_even_where_the_script_as
     )
     assert outcome.code == 0, outcome.said
     assert set(outcome.notes("environment")) == {"TorchElasticEnvironment"}
+
+
+# What is meant for the first start of a job
+
+
+def test_fresh_is_for_a_jobs_first_start_and_the_next_one_goes_on(
+    elastic: Elastic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setenv("PATH", "/nowhere")  # no scontrol: whoever started this job starts it again
+    body = f"""
+        once = HERE / "stopped"
+        def stop():
+            if not once.exists():
+                once.touch()
+                told(lambda: os.kill({os.getpid()}, signal.SIGUSR1))()
+        trainer(At(9, stop)).fit(Model())
+    """
+    assert elastic(body, workers=1).code == 75, "the run that is to be set aside"
+    Path("stopped").unlink()
+    monkeypatch.setenv("SLURM_JOB_ID", "124")
+    assert elastic(body, "--fresh", workers=1).code == 75
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = elastic(body, "--fresh", workers=1)
+    assert again.code == 0
+    assert again.events("resume")[-1]["step"] == 9
+    assert [event["start"] for event in again.events("incarnation")] == [0, 1]
