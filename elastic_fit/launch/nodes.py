@@ -341,7 +341,8 @@ def job_start(invocation: Invocation, folder: RunDir, ledger: Ledger, console: C
     job = invocation.job
     if job is None:
         return None
-    return JobStart(job=job, folder=folder, ledger=ledger, controller=Controller(job), tell=console.line)
+    controller = Controller(job, tell=console.line)
+    return JobStart(job=job, folder=folder, ledger=ledger, controller=controller, tell=console.line)
 
 
 def reachable(node: str, controller: Controller) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,11 +180,19 @@ class Done:
 
 
 def run_command(command: Sequence[str], timeout_s: float) -> Done:
-    """Run a command with SLURM's times as seconds since the epoch. Raises OSError, subprocess.TimeoutExpired."""
+    """Run a command with SLURM's times as seconds since the epoch. Raises OSError, subprocess.TimeoutExpired.
+
+    It doesn't hear SIGTERM: SLURM sends that to all processes of a job which it ends, also to the one that asked for it
+    (`scontrol requeue`) and hasn't told yet that it was heard.
+    """
     environment = {**os.environ, "SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:  # a command begins with the mask of the thread that starts it
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -196,6 +205,7 @@ class Controller:
     Args:
         job: whose.
         run: runs a command for at most so many seconds.
+        tell: told, in a line, when it is waited for.
     """
 
     def __init__(
@@ -205,11 +215,13 @@ class Controller:
         run: Callable[[Sequence[str], float], Done] = run_command,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._job = job
         self._run = run
         self.clock = clock
         self.pause = pause
+        self._tell = tell
 
     def ask(self, *, answer_s: float = ANSWER_S) -> Scheduler:
         """What it says of the job. Raises SlurmUnavailable; ControllerAway where it may answer later."""
@@ -228,12 +240,16 @@ class Controller:
 
     def _patiently(self, call: Callable[[], Result], patience_s: float) -> Result:
         until = self.clock() + patience_s
+        is_told = False
         while True:
             try:
                 return call()
-            except ControllerAway:
+            except ControllerAway as error:
                 if self.clock() >= until:
                     raise
+                if not is_told:
+                    self._tell(f"waiting for SLURM's controller, for at most {patience_s:.0f} s: {error.message}")
+                is_told = True
                 self.pause(PAUSE_S)
 
     def address(self, node: str) -> str:

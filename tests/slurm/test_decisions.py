@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -259,7 +260,8 @@ class Scontrol:
         self.asked.append(" ".join(command[1:]))
         if self.answers:
             return self.answers.pop(0)
-        return Done(0, self.says if command[1] == "show" else "", "")
+        said = {"show job": self.says, "show config": self.config}
+        return Done(0, said.get(" ".join(command[1:3]), ""), "")
 
     @property
     def requeues(self) -> int:
@@ -270,9 +272,9 @@ def started(folder: Path, scontrol: Scontrol, *, start: int = 0, told: list[str]
     run = RunDir(folder)
     run.create(command=[])
     job = Job(job_id="123", start=start)
-    controller = Controller(job, run=scontrol, clock=iter(range(10_000)).__next__, pause=lambda _: None)
     tell = (told if told is not None else []).append
     return JobStart(job=job, folder=run, ledger=Ledger(run.events), controller=controller, tell=tell)
+    controller = Controller(job, run=scontrol, clock=iter(range(10_000)).__next__, pause=lambda _: None, tell=tell)
 
 
 def stop(start: JobStart, reason: str = "SIGUSR1") -> None:
@@ -315,7 +317,8 @@ def test_job_that_has_too_few_nodes_left_and_gets_no_others_is_put_back_as_crash
 def test_controller_that_is_away_is_waited_for(tmp_path: Path) -> None:
     away = Done(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     scontrol = Scontrol(away, away, Done(0, SAYS, ""), away)
-    start = started(tmp_path, scontrol)
+    told: list[str] = []
+    start = started(tmp_path, scontrol, told=told)
     start.begin()
     stop(start)
     start.end(Exit.SAVED)
@@ -369,7 +372,15 @@ def test_what_slurm_leaves_is_asked_for_and_a_silent_controller_is_not_waited_fo
     assert (
         started(tmp_path, Scontrol(says=SAYS.replace("EndTime=1795620000", "EndTime=Unknown"))).seconds_left() is None
     )
-    assert started(tmp_path, Scontrol(says=SAYS.replace("RUNNING", "COMPLETING"))).seconds_left() is None
+
+
+def test_what_slurm_is_ending_already_has_until_kill_wait_is_over(tmp_path: Path) -> None:
+    ending = SAYS.replace("RUNNING", "COMPLETING")
+    start = started(tmp_path, Scontrol(says=ending))
+    assert start.seconds_left() == 30 - ENDING_S
+    assert "KillWait=30" in read(start.folder.events)[-1]["scheduler"]
+    assert started(tmp_path, Scontrol(says=ending, config="KillWait = 2 sec\n")).seconds_left() == 0.0
+    assert started(tmp_path, Scontrol(says=ending, config="")).seconds_left() is None, "then --grace has to do"
 
 
 def test_a_signal_that_overtakes_the_controllers_own_books_is_asked_about_again(tmp_path: Path) -> None:
