@@ -90,14 +90,27 @@ class JobStart:
                     continue
                 break  # then the grace that was asked for has to do
             said.append(scheduler.text)
-            if scheduler.end_s is None or not scheduler.is_running:
-                left_s = None  # what is being ended already has SLURM's KillWait left, which is not the job's to know
+            if not scheduler.is_running:
+                left_s = self._until_killed(said)
+                break
+            if scheduler.end_s is None:
+                left_s = None
                 break
             left_s = max(0.0, scheduler.end_s - time.time() - ENDING_S)
             if scheduler.is_preempted or scheduler.is_over_time:
                 break
         self.ledger.write("time_left", job=self.job.job_id, start=self.job.start, left_s=left_s, scheduler=said)
         return left_s
+
+    def _until_killed(self, said: list[str]) -> float | None:
+        """What a job has left that SLURM is ending already: its signal came first, and SIGKILL comes after KillWait."""
+        try:
+            kill_wait_s = self.controller.kill_wait_s(answer_s=QUICK_S)
+        except SlurmUnavailable as error:
+            said.append(error.message)
+            return None
+        said.append(f"KillWait={kill_wait_s:g}")
+        return max(0.0, kill_wait_s - ENDING_S)
 
     def end(self, status: Exit) -> None:
         """The job's training has ended on this node: put the job back if that is what is to be done.

@@ -252,6 +252,14 @@ class Controller:
                 is_told = True
                 self.pause(PAUSE_S)
 
+    def kill_wait_s(self, *, answer_s: float = ANSWER_S) -> float:
+        """Seconds from the signal by which SLURM ends a job to SIGKILL, on this site. Raises SlurmUnavailable."""
+        said = self._scontrol("show", "config", answer_s=answer_s)
+        found = re.search(r"^KillWait\s*=\s*(\d+)", said, re.MULTILINE)
+        if found is None:
+            raise SlurmUnavailable("scontrol said nothing of KillWait")
+        return float(found[1])
+
     def address(self, node: str) -> str:
         """Where other nodes reach that node. Raises SlurmUnavailable."""
         found = re.search(r"\bNodeAddr=(\S+)", self._scontrol("show", "node", "--oneliner", node))

@@ -12,7 +12,7 @@ import pytest
 
 from elastic_fit.launch.commands.slurm import plan, script
 from elastic_fit.launch.parser import parse
-from elastic_fit.launch.requeue import JobStart
+from elastic_fit.launch.requeue import ENDING_S, JobStart
 from elastic_fit.launch.slurm import Controller, ControllerAway, Done, Job, SlurmUnavailable, expand, parse_job
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.exits import Exit
@@ -251,9 +251,10 @@ def test_job_that_makes_no_progress_over_three_requeues_stays_down() -> None:
 class Scontrol:
     """Says what it is given to say, and notes what it was asked."""
 
-    def __init__(self, *answers: Done, says: str = SAYS) -> None:
+    def __init__(self, *answers: Done, says: str = SAYS, config: str = "KillWait                = 30 sec\n") -> None:
         self.answers = list(answers)
         self.says = says
+        self.config = config
         self.asked: list[str] = []
 
     def __call__(self, command: Sequence[str], timeout_s: float) -> Done:
@@ -273,8 +274,8 @@ def started(folder: Path, scontrol: Scontrol, *, start: int = 0, told: list[str]
     run.create(command=[])
     job = Job(job_id="123", start=start)
     tell = (told if told is not None else []).append
-    return JobStart(job=job, folder=run, ledger=Ledger(run.events), controller=controller, tell=tell)
     controller = Controller(job, run=scontrol, clock=iter(range(10_000)).__next__, pause=lambda _: None, tell=tell)
+    return JobStart(job=job, folder=run, ledger=Ledger(run.events), controller=controller, tell=tell)
 
 
 def stop(start: JobStart, reason: str = "SIGUSR1") -> None:
@@ -323,6 +324,7 @@ def test_controller_that_is_away_is_waited_for(tmp_path: Path) -> None:
     stop(start)
     start.end(Exit.SAVED)
     assert scontrol.requeues == 2, "the first one found nobody"
+    assert sum("waiting for SLURM's controller, for at most 600 s" in line for line in told) == 2, "each wait, once"
     (event,) = [event for event in read(tmp_path / "events.jsonl") if event.event == "requeue"]
     assert event["action"] == "requeue"
 
@@ -388,6 +390,19 @@ def test_a_signal_that_overtakes_the_controllers_own_books_is_asked_about_again(
     scontrol = Scontrol(not_yet, says=re.sub(r"PreemptTime=\S+", "PreemptTime=1", SAYS.replace("1795620000", "1")))
     assert started(tmp_path, scontrol).seconds_left() == 0.0
     assert len(scontrol.asked) == 2
+
+
+def test_scontrol_that_gets_the_signal_by_which_slurm_ends_the_job_still_tells_that_it_was_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nkill -TERM $$\necho requeued > told\n")
+    scontrol.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    Controller(Job(job_id="1")).requeue(0.0)
+    assert (tmp_path / "told").exists()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_scontrol_that_is_missing_is_told_from_one_that_nobody_answers() -> None:
