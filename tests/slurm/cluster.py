@@ -21,10 +21,11 @@ import psutil
 
 from elastic_fit.supervisor import watch
 
-NODES = 8
+NODES = 16
 GRACE_S = 20
 """What a preempted job has left, but for one of the partition `abrupt`."""
-KILL_WAIT_S = 10
+KILL_WAIT_S = 20
+"""From the signal by which a job is ended to SIGKILL."""
 NODE_SILENCE_S = 10
 """A node that does not answer for so long is down."""
 CONF = """\
@@ -155,6 +156,7 @@ class Slurm:
         self._start("slurmctld", "slurmctld", "-D", cwd=self.folder / "log")
 
     def start_node(self, node: str) -> None:
+        """Start the node's daemon; it ends with the thread that has called this."""
         self._start(node, "slurmd", "-D", "-N", node, cwd=self.folder / "log" / node)
 
     def _stop(self, name: str, number: int = signal.SIGTERM) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ class Story:
     Args:
         slurm: the cluster.
         folder: where the job's log, its run folder and its script's notes are.
+        size: how many nodes it is told of.
     """
 
-    def __init__(self, slurm: Slurm, folder: Path) -> None:
+    def __init__(self, slurm: Slurm, folder: Path, size: int = 1) -> None:
         self.slurm = slurm
         self.folder = folder
+        self.size = size
         self.job = ""
         self._arguments: tuple[str, ...] = ()
         """The script's."""
+        self._run_dir: Path | None = None
         self.lent: list[str] = []
         """Further jobs that were submitted to add nodes to this one."""
         folder.mkdir(exist_ok=True)
@@ -68,6 +72,25 @@ class Story:
         temporary.rename(self.folder / "last-step")
         return last
 
+    def task(self, number: int) -> Story:
+        """One task of an array that was submitted, whose script notes in a folder of its own."""
+        task = Story(self.slurm, self.folder / str(number))
+        task.job = f"{self.job}_{number}"
+        task.run_dir = self.folder / "runs" / f"fit-{self.job}-{number}"
+        return task
+
+    def hold(self, place: str) -> None:
+        """From now on, who comes to that place of the script waits there."""
+        (self.folder / f"hold-{place}").touch()
+
+    def let_go(self, place: str) -> None:
+        """Those who wait there go on."""
+        (self.folder / f"hold-{place}").unlink()
+
+    def warn(self) -> None:
+        """What SLURM does before the time limit of a job with ``--signal=B:USR1@...``."""
+        self.slurm.command("scancel", "--batch", "--signal=USR1", self.job)
+
     # what is seen
 
     @property
@@ -86,7 +109,11 @@ class Story:
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "runs" / f"fit-{self.job}"
+        return self._run_dir or self.folder / "runs" / f"fit-{self.job}"
+
+    @run_dir.setter
+    def run_dir(self, path: Path) -> None:
+        self._run_dir = path
 
     def events(self, name: str) -> list[Event]:
         return [event for event in read(self.run_dir / "events.jsonl") if event.event == name]
@@ -99,10 +126,14 @@ class Story:
         """What was decided about putting the job back, each time, and the cause."""
         return [(event["action"], event["cause"]) for event in self.events("requeue")]
 
-    def steps(self) -> list[dict[str, Any]]:
-        """All steps that any rank has noted, in the order noted."""
-        path = self.folder / "steps.jsonl"
+    def notes(self, name: str) -> list[dict[str, Any]]:
+        """What the script's ranks have noted, in the order noted."""
+        path = self.folder / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def steps(self) -> list[dict[str, Any]]:
+        """All steps that any rank has done."""
+        return self.notes("steps")
 
     def trains(self, *, world: int, starts: int | None = None) -> bool:
         """Whether a world of that size has done some steps, in the given start of the job (from 1)."""
@@ -115,6 +146,10 @@ class Story:
         """What the job and its launchers have said."""
         logs = "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("*.log")))
         return f"job {self.job}: {self.slurm.job(self.job)['JobState']}\n{logs[-12_000:]}"
+
+    def says(self, text: str) -> bool:
+        """Whether the job or one of its launchers has said that."""
+        return any(text in path.read_text(errors="replace") for path in self.folder.glob("*.log"))
 
     # what is waited for, and checked
 
@@ -133,6 +168,16 @@ class Story:
         assert [step for step, times in done.items() if times > 1] == [], "steps were done twice"
         assert all(step["count"] == step["step"] for step in self.steps()), "the parameter counts the steps"
 
+    def assert_only_the_last_were_done_twice(self, steps: int, most: int) -> None:
+        """What was done since the last checkpoint, `most` steps at most, was lost and done again, once."""
+        done = Counter(step["step"] for step in self.steps() if step["rank"] == 0)
+        twice = [step for step, times in done.items() if times > 1]
+        assert set(done) == set(range(1, steps + 1)), self.text()
+        assert len(twice) <= most
+        assert max(done.values()) <= 2
+        assert all(step - 1 in twice for step in twice[1:]), "one stretch of them"
+        assert all(step["count"] == step["step"] for step in self.steps()), "the parameter counts the steps"
+
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
@@ -144,5 +189,34 @@ def slurm() -> Iterator[Slurm]:
 def story(slurm: Slurm, tmp_path: Path) -> Iterator[Story]:
     story = Story(slurm, tmp_path / "job")
     yield story
+    cancel(story)
+
+
+@pytest.fixture
+def both(slurm: Slurm, tmp_path: Path) -> Iterator[list[Story]]:
+    """The same on one node and on two, side by side."""
+    stories = [Story(slurm, tmp_path / f"job-on-{size}", size) for size in (1, 2)]
+    yield stories
+    for story in stories:
+        cancel(story)
+
+
+@pytest.fixture
+def lost(slurm: Slurm) -> Iterator[list[str]]:
+    """Nodes that the test takes away; they are there again after it."""
+    nodes: list[str] = []
+    yield nodes
+    for node in nodes:
+        slurm.start_node(node)
+
+
+def cancel(story: Story) -> None:
     for job in filter(None, (story.job, *story.lent)):
-        slurm.command("scancel", "--quiet", job)
+        story.slurm.command("scancel", "--quiet", job)
+
+
+def side_by_side(tell: Callable[[Story], None], stories: Sequence[Story]) -> None:
+    """Tell of each in a thread of its own: most of a story is waiting for SLURM."""
+    with ThreadPoolExecutor(len(stories)) as pool:
+        for told in [pool.submit(tell, story) for story in stories]:
+            told.result()
