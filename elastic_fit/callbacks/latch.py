@@ -18,11 +18,21 @@ from elastic_fit.supervisor.stop import STOP_SIGNALS
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
+class AtOnce(SystemExit):
+    """A person insists: this process ends now, wherever it is, as after the signal itself.
+
+    Not a KeyboardInterrupt: Lightning makes an exit status of 1 of that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(int(Exit.INTERRUPTED))
+
+
 class Latch:
     """The handlers of this process's stop signals.
 
     Within a trainer they only latch: the loops' boundaries act. Outside of one, where no boundary comes and nothing is
-    there to be saved, a worker that is told to stop leaves by SystemExit. A second SIGINT is a KeyboardInterrupt.
+    there to be saved, a worker that is told to stop leaves by SystemExit. A second SIGINT ends it wherever it is.
 
     Python runs a handler only between two of the main thread's instructions, and that thread may stand in native code
     for minutes. But the interpreter writes a signal's number down as it arrives, for others to read: see `wait`.
@@ -111,7 +121,7 @@ class Latch:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:
-                raise KeyboardInterrupt
+                raise AtOnce
         if is_told and not self.is_in_trainer and not self.is_leaving:
             self.is_leaving = True
             self._board[Word.LEFT_EARLY] = 1

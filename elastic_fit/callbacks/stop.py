@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks import desk as desks
+from elastic_fit.callbacks.latch import AtOnce
 from elastic_fit.supervisor.agreement import STOP_KEY
 from elastic_fit.supervisor.board import StopMode, Word
 from elastic_fit.supervisor.errors import StorageError
@@ -91,6 +93,8 @@ class Stopper(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning tears nothing down for us then, and a script may catch it and go on. One that stops is leaving."""
+        if isinstance(exception, AtOnce) and (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(signal.SIGKILL)  # the ranks that Lightning has started from this process
         if not isinstance(exception, SystemExit):
             self.teardown(trainer, pl_module, "")
 

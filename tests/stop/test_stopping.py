@@ -61,7 +61,10 @@ def test_each_signal_to_the_launcher_saves_and_stops(elastic: Elastic, number: s
     goes_on(elastic, first)
 
 
-@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", 0), ("SIGTERM", 1), ("SIGUSR1", 1), ("SIGINT", 0)])
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [("SIGTERM", 0), ("SIGTERM", 1), ("SIGINT", 0), ("SIGHUP", 0), ("SIGUSR1", 1), ("SIGUSR2", 1)],
+)
 def test_a_signal_to_one_worker_stops_all_of_them_together(elastic: Elastic, number: str, rank: int) -> None:
     first = elastic(TELL + f"trainer(At(5, to_me(signal.{number}), rank={rank}), max_epochs=2000).fit(Model())\n")
     (asked,) = first.events("stop_requested")
@@ -136,6 +139,32 @@ def test_a_run_stopped_in_the_middle_of_a_validation_validates_anew_and_is_the_s
     undisturbed = elastic(script + fit.replace("CALLBACK", ""), "--fresh")
     again, straight = (undisturbed.notes("parameters")[at : at + 2] for at in (0, 2))
     assert again == straight
+
+
+EVALUATED = """
+class Evaluated(Model):
+    def predict_step(self, batch, batch_idx):
+        note("evaluated", batch_idx)
+    test_step = validation_step = predict_step
+    def predict_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(40000, 4)), batch_size=2)
+    test_dataloader = val_dataloader = predict_dataloader
+"""
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_stop_between_two_batches_outside_of_a_training_ends_it_there_with_nothing_to_save(
+    elastic: Elastic, stage: str
+) -> None:
+    hook = "on_validation_batch_end" if stage == "validate" else f"on_{stage}_batch_end"
+    body = f"trainer(AtBatch({hook!r}, 3, told(to_launcher()), rank=None, step=0)).{stage}(Evaluated())\n"
+    first = elastic(TELL + EVALUATED + body)
+    assert first.code == 143
+    assert decision(first)["why"] == "nothing is trained here"
+    evaluated = [int(batch) for batch in first.notes("evaluated")]
+    assert evaluated.count(3) == 2, "by both ranks"
+    assert max(evaluated) < 100
+    assert first.events("stragglers") == []
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
@@ -225,6 +254,33 @@ trainer(At(5, told(to_launcher()))).fit(Model())
     assert 0 < made["left_s"] <= 1
     assert made["predicted_s"] >= 1
     assert first.steps() == [4]
+
+
+@pytest.mark.parametrize(("second_s", "code"), [(60.0, 143), (0.0, 75)], ids=["in vain", "in time"])
+def test_a_save_that_may_not_end_in_time_is_tried_where_nothing_new_is_there_and_leaves_what_is_there_whole(
+    elastic: Elastic, second_s: float, code: int
+) -> None:
+    body = """
+from elastic_fit.supervisor.store import Staged
+def slow(self, facts, commit=Staged.commit, **rest):
+    time.sleep({seconds})
+    return commit(self, facts, **rest)
+Staged.commit = slow
+trainer(At({step}, told(to_launcher()))).fit(Model())
+"""
+    first = elastic(TELL + body.format(seconds=2.5, step=2))
+    (began,) = first.steps()
+    second = elastic(TELL + body.format(seconds=second_s, step=began + 2), "--grace", "3s")
+    made = second.events("stop_decision")[-1]
+    assert made["save"] is True
+    assert "trying all the same, as nothing new was saved since the start" in made["why"]
+    assert made["predicted_s"] >= 2.5
+    newest = made["step"] if code == 75 else began
+    assert (second.code, second.steps()[-1]) == (code, newest)
+    third = elastic(TELL + "trainer().fit(Model())\n")
+    assert third.code == 0
+    assert third.events("resume")[-1]["step"] == newest
+    assert [int(step) for step in third.notes("trained")] == [*range(1, made["step"] + 1), *range(newest + 1, 17)]
 
 
 def grace_taken_s(outcome: Outcome) -> float:

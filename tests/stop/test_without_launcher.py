@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from elastic_fit.supervisor.store import latest_valid
-from tests.agent.harness import free_port, wait_until
+from tests.agent.harness import free_port, is_gone, wait_until
 from tests.checkpoint.test_failing_disks import on_two_ranks
 from tests.launching import PRELUDE
 
@@ -178,7 +179,51 @@ fit()
     second.send(0, signal.SIGINT)
     wait_until(lambda: "stopping (SIGINT)" in second.said())
     second.send(0, signal.SIGINT)
-    assert second.codes() == [1], "it is a KeyboardInterrupt then, of which Lightning makes a 1: " + second.said()
+    assert second.codes() == [130], second.said()
+    assert second.step() == ranks.step(), "and nothing is saved on the way out"
+
+
+STARTED_BY_LIGHTNING = """
+import os, signal, sys, time
+from pathlib import Path
+from elastic_fit import ElasticCheckpoint
+from tests.checkpoint.models import Line, trainer
+
+HERE = Path(sys.argv[1])
+
+class Stuck(Line):
+    def training_step(self, batch, batch_idx):
+        (HERE / f"pid.{self.global_rank}.new").write_text(str(os.getpid()))
+        (HERE / f"pid.{self.global_rank}.new").rename(HERE / f"pid.{self.global_rank}")
+        while True:
+            time.sleep(0.01)
+
+trainer(HERE, ElasticCheckpoint(dirpath=HERE), max_epochs=1, devices=2, strategy="ddp").fit(Stuck())
+"""
+
+
+def test_a_second_interrupt_of_the_rank_that_started_the_others_ends_them_as_well(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(STARTED_BY_LIGHTNING)
+    paths = [tmp_path / f"pid.{rank}" for rank in (0, 1)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with (tmp_path / "output").open("wb") as output:
+        first = subprocess.Popen(
+            [sys.executable, script, tmp_path], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        wait_until(lambda: all(path.exists() for path in paths), timeout_s=120)
+        first.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping (SIGINT)" in (tmp_path / "output").read_text())
+        first.send_signal(signal.SIGINT)
+        assert first.wait(60) == 130, (tmp_path / "output").read_text()
+        wait_until(lambda: is_gone(int(paths[1].read_text())))
+    finally:
+        first.kill()
+        first.wait()
+        for path in paths:
+            if path.exists() and not is_gone(pid := int(path.read_text())):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
