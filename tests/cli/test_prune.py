@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_a_run_that_is_going_on_is_refused(run: RunDir, capfd: pytest.CaptureFix
     try:
         for place in (run.root, run.fit(1)):
             assert cli.main(["prune", str(place), "--keep", "1", "--yes"]) == 74
-            assert "is going on" in capfd.readouterr().err
+            assert f"is held by process {os.getpid()} on " in capfd.readouterr().err
         assert cli.main(["prune", str(run.root), "--keep", "1", "--dry-run"]) == 1
     finally:
         lease.release()

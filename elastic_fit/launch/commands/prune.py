@@ -25,6 +25,7 @@ from elastic_fit.supervisor.store import (
     LastN,
     Retention,
     is_remote,
+    kept_out,
     line,
     local_path,
     newest_generation,
@@ -157,27 +158,13 @@ def _held(place: str, *, really: bool) -> Iterator[int]:
     if folder is None or not really:
         yield newest_generation(folder.generations) + 1 if folder is not None else 0
         return
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.lock, mode=0o600)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise _is_held(folder) from None
-    except OSError as error:
-        raise StorageError(
-            f"can't take {folder.lock}: {error.strerror or error}", hint="mend the permissions of the run folder"
-        ) from error
-    try:
-        if _has_nodes(folder):
-            raise _is_held(folder)
-        yield newest_generation(folder.generations) + 1
-    finally:
-        lock.release()
-
-
-def _is_held(folder: RunDir) -> RunIsHeld:
-    return RunIsHeld(f"the run {folder.root} is going on", hint="--dry-run works; prune when it has ended")
+        with kept_out(folder):
+            if _has_nodes(folder):
+                raise RunIsHeld(f"the run {folder.root} is going on")
+            yield newest_generation(folder.generations) + 1
+    except RunIsHeld as error:
+        raise RunIsHeld(error.message, hint="--dry-run works; prune when it has ended") from None
 
 
 def _has_nodes(folder: RunDir) -> bool:

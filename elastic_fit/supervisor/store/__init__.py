@@ -34,6 +34,7 @@ from elastic_fit.supervisor.store.generation import (
     Holder,
     Lease,
     hold,
+    kept_out,
     newest_generation,
     set_aside,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "Verdict",
     "hold",
     "is_remote",
+    "kept_out",
     "latest_valid",
     "line",
     "local_path",

@@ -218,15 +218,20 @@ def hold(folder: RunDir) -> Lease:
     return Lease(generation, _recovery(before), lock, record)
 
 
-def set_aside(folder: RunDir) -> Path | None:
-    """Move a run's folder to a free name beside it; None where there was none. Raises as `hold` does."""
-    if not folder.lock.exists():
-        return folder.set_aside()  # no supervisor was ever there
+@contextlib.contextmanager
+def kept_out(folder: RunDir) -> Iterator[None]:
+    """Keep supervisors out of a run meanwhile, without becoming one. Raises as `hold` does."""
     lock = _lock(folder)
     try:
-        return folder.set_aside()
+        yield
     finally:
         lock.release()
+
+
+def set_aside(folder: RunDir) -> Path | None:
+    """Move a run's folder to a free name beside it; None where there was none. Raises as `hold` does."""
+    with kept_out(folder) if folder.lock.exists() else contextlib.nullcontext():  # else no supervisor was ever there
+        return folder.set_aside()
 
 
 def _lock(folder: RunDir) -> FileLock:
