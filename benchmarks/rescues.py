@@ -180,9 +180,8 @@ def kill(pids: dict[int, int], deaths: int, draw: random.Random) -> None:
     victims = [os.pidfd_open(pids[rank]) for rank in (victim, victim ^ 1)[:deaths]]
     for number, process in enumerate(victims):
         time.sleep(draw.uniform(0.0, SECOND_S) if number else 0.0)
-        with (
-            contextlib.suppress(ProcessLookupError) if number else contextlib.nullcontext()
-        ):  # it may have left by then
+        gone = (ProcessLookupError,) if number else ()  # the second one may have left by then
+        with contextlib.suppress(*gone):
             signal.pidfd_send_signal(process, signal.SIGKILL)
         os.close(process)
 
@@ -198,9 +197,11 @@ def ours(nursery: Nursery, row: Row, kills: int, folder: Path, draw: random.Rand
         return int(launch(parse([*flags, "--checkpoint-interval", "10h", *script]), console, nursery))
 
     def strike_and_stop() -> None:
-        killed.extend(strike(states, row, kills, draw, ended.wait))
-        if not ended.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            killed.extend(strike(states, row, kills, draw, ended.wait))
+        finally:
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=strike_and_stop)
     thread.start()
