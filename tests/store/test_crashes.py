@@ -18,6 +18,7 @@ import torch
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed, verify
+from elastic_fit.supervisor.store.generation import make_generations
 from tests.store.aftermath import Tally
 from tests.store.disks import CountingDisk, FailingAt, FenceOn, InterruptedAt, Killed, KilledAt, ShortWrites
 from tests.store.stories import STORIES, is_intact, save, store_in
@@ -27,7 +28,9 @@ ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 
 def fenced(folder: Path, disk: CountingDisk) -> CheckpointStore:
     """As a worker's is. To ask the fence is an operation, too."""
-    fence = FenceOn(disk, RunDir(folder), 1)
+    run = RunDir(folder)
+    make_generations(run.generations)
+    fence = FenceOn(disk, run, 1)
     return CheckpointStore(folder / "checkpoints", fence=fence, disk=disk, generation=1)
 
 
@@ -123,7 +126,6 @@ def test_a_process_whose_descriptors_have_run_out_tells_it_and_loses_nothing(
     for number in range(1, operations(name, memory / "whole", fenced) + 1):
         folder = memory / str(number)
         story.prepare(store_in(folder))
-        (folder / "generations").mkdir(parents=True)
         said = "acknowledged"
         with contextlib.ExitStack() as meanwhile:
             run_out = partial(meanwhile.enter_context, no_descriptors_left())
