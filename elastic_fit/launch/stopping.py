@@ -57,9 +57,15 @@ class Order:
         os.rename(temporary, path)
 
     @classmethod
-    def read(cls, path: Path) -> Order:
-        """What is there; a file that somebody has made by hand is an order to save and stop."""
-        text = path.read_text()
+    def read(cls, path: Path) -> Order | None:
+        """What is there; a file that somebody has made by hand is an order to save and stop.
+
+        None where it is gone: the run has ended on another node.
+        """
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            return None
         try:
             record = json.loads(text)
             return cls(id=str(record["id"]), by=str(record["by"]), save=bool(record["save"]))
@@ -142,8 +148,8 @@ class Ears:
         self._looked_ns = now
         if self._order is not None and (found := _identity(self._order)) not in (None, self._heard_order):
             self._heard_order = found
-            order = Order.read(self._order)
-            yield self._from("command", order.by, save=order.save, id_=order.id)
+            if (order := Order.read(self._order)) is not None:
+                yield self._from("command", order.by, save=order.save, id_=order.id)
         if self._file is not None and not self._has_heard_file and self._file.exists():
             self._has_heard_file = True
             yield self._from("file", f"the file {self._file}")

@@ -6,6 +6,7 @@ import os
 import pwd
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,21 @@ def test_an_order_left_for_an_earlier_start_stops_nothing_and_a_new_one_is_heard
     assert [one.id for one in listening.hear()] == [another.id], "who asks as well waits for an answer, too"
     listening.forget()
     assert not (tmp_path / "stop").exists()
+
+
+def test_order_that_another_node_takes_away_as_it_ends_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listening = ears(tmp_path)
+    Order.by_this_user(save=True).leave(tmp_path / "stop")
+    read = Path.read_text
+
+    def read_too_late(path: Path, *args: Any, **options: Any) -> str:
+        path.unlink()
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_too_late)
+    assert listening.hear() == []
 
 
 def test_a_file_made_by_hand_is_an_order_to_save(tmp_path: Path) -> None:
