@@ -212,9 +212,12 @@ def is_epoch_over(trainer: pl.Trainer, batches: int) -> bool:
 
 
 def count_batches_anew(trainer: pl.Trainer, done: int) -> None:
-    """Say that `done` batches of this epoch are behind us, where another number of ranks took others for the steps."""
+    """Say that `done` batches of this epoch are behind us, where another number of ranks took others for the steps.
+
+    What was restored is as of a step, whatever number of batches made one then.
+    """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    offset = done - batches_at_boundary(trainer)
+    offset = done - int(progress.current.processed)
     for counts in (progress.total, progress.current):
         for name in ("ready", "started", "processed", "completed"):
             setattr(counts, name, max(0, getattr(counts, name) + offset))
