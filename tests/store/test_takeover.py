@@ -9,7 +9,7 @@ import pytest
 
 from elastic_fit.supervisor.errors import FencedOff
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import CheckpointStore, Disk, GenerationFence, Holder
+from elastic_fit.supervisor.store import CheckpointStore, Disk, GenerationFence, Holder, SaveFailed
 from elastic_fit.supervisor.store.generation import take_generation
 from tests.store.aftermath import Tally
 from tests.store.disks import CountingDisk, InterruptedAt, Killed
@@ -96,3 +96,18 @@ class DiesAfterWaking(InterruptedAt):
         super().before(number, operation)
         if number >= self._killed:
             raise Killed
+
+
+def test_folder_that_is_not_the_one_that_a_worker_was_given_gets_no_checkpoint(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    store = supervisor(run)
+    save(store, 10)
+    (tmp_path / "run").rename(tmp_path / "unmounted")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SaveFailed, match="is gone"):
+        save(store, 20)
+    assert not list(run.checkpoints.rglob("*.manifest.json"))
+    (tmp_path / "run").rename(tmp_path / "empty")
+    (tmp_path / "unmounted").rename(tmp_path / "run")
+    save(store, 30)
+    assert newest(run) == 30
