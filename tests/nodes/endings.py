@@ -28,7 +28,8 @@ def assert_it_ends_well(cluster: Cluster, *launched: Launched, repeats: bool = F
 def assert_steps_are_exact(cluster: Cluster, last: int, *, repeats: bool) -> None:
     assert repeats or cluster.repeated() == [], cluster.story()
     assert {step["step"] for step in cluster.steps()} == set(range(1, last + 1))
-    assert [step for step in cluster.steps() if step["count"] != step["step"]] == [], "the parameters have lost steps"
+    wrong = [(step["step"], step["count"], step["rank"]) for step in cluster.steps() if step["count"] != step["step"]]
+    assert not wrong, f"the parameters have lost steps: (step, count, rank) {wrong[:12]}"
 
 
 def assert_samples_are_exact(cluster: Cluster) -> None:

@@ -4,7 +4,7 @@ Each rank notes the samples that it takes and each step that it has done, and wh
 step adds one to it, on every world size, so that a step that was lost or done twice shows in the sum.
 
 The test steers it by files in the folder: `last-step` ends the training at that step; while `hold-start`, `hold-save`
-or `hold-validation` is there, who comes to that place waits in it and notes so.
+or `hold-validation` is there, who comes to that place waits in it and notes so; while `hold-save-h1` is, h1 does.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def note(trainer: pl.Trainer, name: str, **facts: Any) -> None:
 
 
 def hold(trainer: pl.Trainer, place: str) -> None:
-    """Wait here for as long as the test says so."""
-    if not (FOLDER / f"hold-{place}").exists():
+    """Wait here for as long as the test says so, to all or to this host."""
+    orders = (FOLDER / f"hold-{place}", FOLDER / f"hold-{place}-{os.uname().nodename}")
+    if not any(order.exists() for order in orders):
         return
     note(trainer, "held", place=place)
-    while (FOLDER / f"hold-{place}").exists():
+    while any(order.exists() for order in orders):
         time.sleep(0.05)
 
 
@@ -92,7 +93,13 @@ class Notes(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         hold(trainer, "start")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._noted = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Counter, *_: Any) -> None:
+        if trainer.global_step == self._noted:
+            return  # in the middle of an accumulation
+        self._noted = trainer.global_step
         note(trainer, "steps", step=trainer.global_step, count=pl_module.count)
         last = FOLDER / "last-step"
         if last.exists() and trainer.global_step >= int(last.read_text()):

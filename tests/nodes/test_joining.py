@@ -11,8 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elastic_fit.supervisor.roster import Cause, Phase, refusal
-from tests.nodes.cluster import FIT, HOSTS, TRAIN, Cluster
+from elastic_fit.launch.nodes import traits
+from elastic_fit.launch.parser import parse
+from elastic_fit.supervisor.roster import TRAIT_NAMES, Cause, Phase, refusal
+from elastic_fit.supervisor.rundir import RunDir
+from tests.nodes.cluster import FIT, HOSTS, ROOT, TRAIN, Cluster
 from tests.nodes.endings import assert_it_ends_well
 
 ARGUMENTS = ("/nowhere", "10", "0.1")
@@ -32,6 +35,16 @@ def test_node_with_another_version_is_told_which_one_the_job_has() -> None:
         "it has torch 2.12.0, the job has 2.13.0"
     )
     assert refusal({"torch": "2.13.0", "script": "a"}, {"torch": "2.13.0", "script": "a"}) is None
+
+
+def test_all_that_a_node_is_refused_for_is_in_the_docs_as_it_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    own = traits(parse(["--nnodes", "1:2", str(script)]), RunDir(tmp_path / "run").create(command=[]))
+    assert {*own, "job", "start"} == TRAIT_NAMES.keys()
+    rows = [line for line in (ROOT / "docs" / "elastic.md").read_text().splitlines() if ", the job has B` |" in line]
+    told = [refusal({trait: "A"}, {trait: "B"}) for trait in TRAIT_NAMES]
+    assert [row.split("|")[2].strip(" `") for row in rows] == told
 
 
 @pytest.mark.system

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
+from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.rundir import RunDir
 from tests.nodes.cluster import Cluster
 from tests.nodes.endings import assert_it_ends_well
 
@@ -41,6 +47,55 @@ def test_side_that_sees_neither_the_others_nor_the_folder_stops_before_they_go_o
     healed = time.time()
     hosts.wait_until(lambda: hosts.trains_with(3, after=healed))
     assert_it_ends_well(hosts, *started)
+
+
+@pytest.mark.parametrize("sees_folder", [True, False], ids=["it sees the folder", "it sees another folder"])
+def test_cut_off_worker_that_goes_on_with_its_save_is_refused(hosts: Cluster, sees_folder: bool) -> None:
+    """Its agent is frozen, so that nobody ends it; the others have gone on by the time that it is to commit."""
+    started = {host: hosts.launch(host, flags=("--checkpoint-steps", "20")) for host in ("h1", "h2", "h3")}
+    hosts.wait_until(lambda: hosts.trains_with(3))
+    hosts.wait_until(lambda: hosts.events("save"))
+    rank_0 = hosts.roster().members[0].name
+    hosts.hold(f"save-{rank_0}")
+    hosts.wait_until(lambda: hosts.is_held("save"))
+    pid = next(event["pids"]["0"] for event in hosts.events("workers_started") if "0" in event["pids"])
+    started[rank_0].process.send_signal(signal.SIGSTOP)
+    cut = time.time()
+    hosts.hosts("cut", rank_0)
+    if not sees_folder:
+        hosts.hosts("hide", rank_0, str(hosts.run_dir))
+    hosts.wait_until(lambda: hosts.trains_with(2, after=cut))
+    # A worker sees its own mounts here, also of a folder that is hidden on its host.
+    run = RunDir(Path(f"/proc/{pid}/root{hosts.run_dir}"))
+    before = seals(hosts)
+    hosts.let_go(f"save-{rank_0}")
+    if sees_folder:
+        hosts.wait_until(lambda: has_ended(pid))
+    else:
+        hosts.wait_until(lambda: [event for event in read(run.events) if event.event == "save_failed"])
+        assert not list(run.checkpoints.rglob("*.manifest.json"))
+        hosts.hosts("show", rank_0, str(hosts.run_dir))
+    assert [generation for name, generation in seals(hosts).items() if name not in before and generation == 1] == []
+    hosts.hosts("heal", rank_0)
+    started[rank_0].process.send_signal(signal.SIGCONT)
+    healed = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(3, after=healed))
+    assert_it_ends_well(hosts, *started.values())
+    if sees_folder:
+        (log,) = hosts.run_dir.glob("logs/1-*/rank0.err")
+        assert "generation 1 was replaced by generation" in log.read_text()
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def seals(cluster: Cluster) -> dict[str, int]:
+    """The generation of each checkpoint that is committed."""
+    return {str(path): json.loads(path.read_text())["generation"] for path in cluster.run_dir.rglob("*.manifest.json")}
 
 
 def test_of_two_halves_that_both_see_the_folder_one_goes_on(hosts: Cluster) -> None:

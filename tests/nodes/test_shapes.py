@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import pytest
 
 from tests.nodes.cluster import Cluster
 from tests.nodes.endings import assert_it_ends_well
 
+GLOBAL_BATCH = 12
+"""Four ranks, three or two take equal shares of it."""
+
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
-def test_nodes_of_different_sizes_keep_their_ranks_and_tell_the_same(hosts: Cluster) -> None:
+def test_nodes_of_different_sizes_keep_their_ranks_and_the_global_batch_and_tell_the_same(hosts: Cluster) -> None:
     sizes = {"h1": 2, "h2": 1, "h3": 1}
-    started = {host: hosts.launch(host, flags=("--nproc-per-node", str(size))) for host, size in sizes.items()}
+    batch = ("--global-batch-size", str(GLOBAL_BATCH))
+    started = {
+        host: hosts.launch(host, flags=("--nproc-per-node", str(size), *batch), step_s=0.01)
+        for host, size in sizes.items()
+    }
     hosts.wait_until(lambda: hosts.trains_with(4))
     before = [member.name for member in hosts.roster().members]
     dies = before[1]
@@ -28,6 +36,9 @@ def test_nodes_of_different_sizes_keep_their_ranks_and_tell_the_same(hosts: Clus
     assert rounds[0] == rounds[1], hosts.story()
     assert f"2 nodes: {before[0]}, {before[2]}; without {dies}; going on from step" in rounds[0][-1]
     assert_it_ends_well(hosts, *survivors)
+    taken = Counter((note["port"], note["step"]) for note in hosts.notes("samples") for _ in note["samples"])
+    done = {(step["port"], step["step"]) for step in hosts.steps()}
+    assert {taken[step] for step in done} == {GLOBAL_BATCH}, "as many samples a step, on four ranks and on those left"
 
 
 def test_sharded_parameters_are_dealt_out_anew_over_the_nodes_that_are_left_and_those_that_come(hosts: Cluster) -> None:
