@@ -153,10 +153,10 @@ class Story:
 
     # what is waited for, and checked
 
-    def wait_until(self, condition: Callable[[], object], timeout_s: float = 90.0) -> float:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float = 180.0) -> float:
         return self.slurm.wait_until(condition, timeout_s, self.text)
 
-    def finish(self, timeout_s: float = 150.0) -> None:
+    def finish(self, timeout_s: float = 300.0) -> None:
         """Wait for the job's end, which must be a good one, and see that nothing of it is left."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait_until(lambda: self.state in ends, timeout_s)
