@@ -57,7 +57,6 @@ class Stretches(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         guard = StepGuard.of(trainer)
-        guard.end_step()
         step = trainer.global_step
         if step % STRETCH:
             return

@@ -363,9 +363,13 @@ def test_gradients_are_finished_in_one_place_before_each_step_of_an_optimizer(tm
 
     model, fitted = Telling(), trainer(tmp_path, max_steps=1)
     before = model.layer.weight.clone()
-    _lightning.call_before_step(fitted, lambda: told.append(torch.equal(before, model.layer.weight)))
+    _lightning.call_around_step(
+        fitted,
+        lambda: told.append(torch.equal(before, model.layer.weight)),
+        lambda: told.append(not torch.equal(before, model.layer.weight)),
+    )
     fitted.fit(model)
-    assert told == ["clips", True]
+    assert told == ["clips", True, True]
     assert not torch.equal(before, model.layer.weight)
 
 

@@ -328,16 +328,24 @@ def callback_metrics(trainer: pl.Trainer, *, ask_others: bool) -> dict[str, Any]
     return dict(trainer.callback_metrics if ask_others else trainer._logger_connector._callback_metrics)
 
 
-def call_before_step(trainer: pl.Trainer, act: Callable[[], None]) -> None:
-    """Have `act` called whenever an optimizer is about to change parameters: its gradients are there, and clipped."""
+def call_around_step(trainer: pl.Trainer, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Have them called whenever an optimizer changes parameters.
+
+    `before`: its gradients are there, and clipped. `after`: its step is done, and that of a scaler of the loss.
+    """
     plugin = trainer.precision_plugin
-    finish_gradients = plugin._after_closure
+    finish_gradients, step = plugin._after_closure, plugin.optimizer_step
 
     def finish_and_act(*args: Any, **kwargs: Any) -> None:
         finish_gradients(*args, **kwargs)
-        act()
+        before()
 
-    vars(plugin)["_after_closure"] = finish_and_act
+    def step_and_act(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        after()
+        return result
+
+    vars(plugin).update(_after_closure=finish_and_act, optimizer_step=step_and_act)
 
 
 def batches_begun(trainer: pl.Trainer) -> int:

@@ -25,9 +25,11 @@ BY_NOBODY = "0"
 def leave_failures_to_us() -> bool:
     """Have torch's watchdog end no process, and break no collective, of groups that are made from here on.
 
-    It would do either soon after it has heard of a peer's death. False where the user has chosen what it is to do.
+    It would do either soon after it has heard of a peer's death. False where the user has chosen what it is to do,
+    or there are groups already: torch has looked when they were made.
     """
-    if os.environ.get(HANDLING, BY_TORCH) not in (BY_TORCH, BY_NOBODY):
+    chosen = os.environ.get(HANDLING, BY_TORCH)
+    if chosen not in (BY_TORCH, BY_NOBODY) or (chosen == BY_TORCH and _backends()):
         return False
     os.environ[HANDLING] = BY_NOBODY
     return True
@@ -67,4 +69,6 @@ def _backends() -> list[Any]:
     for group in list(distributed_c10d._world.pg_map):
         with contextlib.suppress(RuntimeError):  # it has none for such devices
             found.append(group._get_backend(torch.device("cuda")))
+    # With TORCH_DISTRIBUTED_DEBUG=DETAIL each is wrapped.
+    found = [getattr(backend, "wrapped_pg", backend) for backend in found]
     return [backend for backend in found if isinstance(backend, nccl)]

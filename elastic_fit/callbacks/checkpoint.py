@@ -201,7 +201,10 @@ class ElasticCheckpoint(ModelCheckpoint):
         if self.emergency and self.is_active:
             self._replicas = agree(trainer)
             guard = StepGuard.of(trainer)
-            guard.replicas, guard.gate = self._replicas, guard.gate or self._make_gate(trainer)
+            if guard.gate is None or guard.gate.is_closed:
+                guard.gate = self._make_gate(trainer)
+            is_in_step = trainer.strategy.root_device.type == "cpu" or guard.gate is not None
+            guard.replicas = self._replicas if is_in_step else None
 
     def _make_gate(self, trainer: pl.Trainer) -> Gate | None:
         """Nothing, without a launcher: nobody would close it, before NCCL's own watchdog ends the process."""
@@ -233,8 +236,6 @@ class ElasticCheckpoint(ModelCheckpoint):
         """At an optimizer step: save if steps or time say so."""
         if not _lightning.is_boundary(trainer) or self._is_off(trainer):
             return
-        if (guard := StepGuard.found(trainer)) is not None:
-            guard.end_step()
         due = self._cadence.due(trainer)
         if due and not self._saved_at(trainer.global_step):
             if _lightning.is_followed_by_more(trainer):

@@ -50,7 +50,7 @@ class StepGuard:
         """Where shards have replicas: with whom this rank takes its steps together."""
         self.gate: Gate | None = None
         """Where a device works behind its process."""
-        _lightning.call_before_step(trainer, self._begin)
+        _lightning.call_around_step(trainer, self._begin, self._end)
         setattr(trainer.strategy, _GUARDED, self)
 
     @classmethod
@@ -70,8 +70,7 @@ class StepGuard:
             self.gate.enter()
         self._batch = _lightning.batches_begun(self._trainer)
 
-    def end_step(self) -> None:
-        """A batch that completed a step is done, but for the hooks that save."""
+    def _end(self) -> None:
         if self.gate is not None:
             self.gate.leave()
 
@@ -97,8 +96,9 @@ def rescue(
     """
     step = trainer.global_step
     worker = session.current()
-    if (guard := StepGuard.found(trainer)) is not None and guard.gate is not None:
-        guard.gate.close(f"this rank leaves: {type(error).__name__}: {error}")
+    guard = StepGuard.found(trainer)
+    if step > began and guard is not None and guard.gate is not None:
+        guard.gate.come_to_rest(f"this rank leaves: {type(error).__name__}: {error}")
     why = why_no_rescue(trainer, replicas)
     if why is not None:
         _tell_loss(trainer, store, why, began)

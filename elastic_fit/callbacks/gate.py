@@ -23,6 +23,8 @@ from elastic_fit.callbacks.stop import PeerLost
 
 log = logging.getLogger("elastic_fit")
 
+REST_S = 2.0
+"""How long a device may take for all that is in its queue, before a collective in it is taken for hung."""
 SETTLE_S = 5.0
 """How long a step that has begun may take to be done on the device, before the collectives are broken anyway."""
 PAUSE_S = 0.002
@@ -64,7 +66,12 @@ class Gate:
         self._opening = threading.Lock()
         self._closing = threading.RLock()
         self.is_whole = True
-        """Once closed: whether no step was half done on the device when its collectives were broken."""
+        """Whether no step was half done on the device when its collectives were broken, if they were."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no step begins any more."""
+        return self._closed_for is not None
 
     def enter(self) -> None:
         """Come back once the device has the gradients; a step may begin. Raises PeerLost where none may any more."""
@@ -77,7 +84,7 @@ class Gate:
             self._is_stepping = True
 
     def leave(self) -> None:
-        """All that belongs to the step is queued."""
+        """The step is queued."""
         self.mark(STEP)
         self._is_stepping = False
 
@@ -94,29 +101,54 @@ class Gate:
         """Whether what was queued before that mark was done with collectives that were whole."""
         return name not in self._late and self._reached.get(name, self._closed_for is None)
 
+    def come_to_rest(self, why: str) -> None:
+        """Come back once the device has nothing left to do; close the gate if a collective in its queue hangs.
+
+        From the thread that takes the steps, which leaves the training; the script may begin another one.
+        """
+        try:
+            if self._is_stepping:
+                self.leave()  # nothing more of this step will come
+            end = self._make_mark()
+            end.record()
+            is_at_rest = _comes_true(end.query, REST_S)
+        except RuntimeError as error:
+            log.error("elastic-fit: the device has failed: %s", error)
+            is_at_rest = False
+        with self._closing:  # another thread may be at it
+            if not is_at_rest:
+                self.close(why)
+
     def close(self, why: str) -> None:
-        """Let no step begin any more, wait for one that has, and break the collectives. From any thread, once."""
+        """Let no step begin any more, wait for one that has, and break the collectives. From any thread, once.
+
+        Raises nothing: where the device fails, what it holds is not whole.
+        """
         with self._closing:
-            if self._closed_for is not None:
+            if self.is_closed:
                 return
             with self._opening:
                 self._closed_for = why
-            if self._is_stepping and threading.current_thread() is threading.main_thread():
-                self.leave()  # whoever takes the steps is here, so that nothing more of this one will come
-            self.is_whole = self._settles()
-            self._reached = {name: mark.query() for name, mark in self._marks.items()}
-            self._break_off()
-
-    def _settles(self) -> bool:
-        latest = time.monotonic() + SETTLE_S
-        while self._is_stepping or not self._step_is_done():
-            if time.monotonic() > latest:
-                return False
-            time.sleep(PAUSE_S)
-        return True
+            self.is_whole = False
+            try:
+                is_settled = _comes_true(lambda: not self._is_stepping and self._step_is_done(), SETTLE_S)
+                self._reached = {name: mark.query() for name, mark in self._marks.items()}
+                self._break_off()
+                self.is_whole = is_settled
+            except RuntimeError as error:
+                log.error("elastic-fit: the device, or its collectives, can't be brought to an end: %s", error)
 
     def _step_is_done(self) -> bool:
         return STEP not in self._marks or self._marks[STEP].query()
+
+
+def _comes_true(condition: Callable[[], bool], within_s: float) -> bool:
+    latest = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > latest:
+            return False
+        time.sleep(PAUSE_S)
+    return True
 
 
 def gate_for(device: torch.device, break_off: Callable[[], None]) -> Gate | None:

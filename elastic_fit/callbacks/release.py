@@ -61,6 +61,16 @@ def watch(board: Board, latch: Latch) -> threading.Thread:
 
 
 def _run(board: Board, latch: Latch) -> None:
+    try:
+        _act(board, latch)
+    except Exception:
+        log.exception("elastic-fit: the thread that hears of other ranks has failed")
+        if trouble is not None:  # nobody else would hear of a collective that never ends
+            _end(1)
+        raise
+
+
+def _act(board: Board, latch: Latch) -> None:
     asks_notices = os.environ.get("LOCAL_RANK", "0") == "0"
     why = None
     while why is None and not _is_asked_to_leave(board):
@@ -74,7 +84,7 @@ def _run(board: Board, latch: Latch) -> None:
             _leave_early(board, latch)
     if why is None:
         time.sleep(PATIENCE_S)
-    if board.phase is not Phase.RESCUING and _has_group():
+    if board.phase < Phase.RESCUING and _has_group():
         _break_off(why or "another rank has failed: leaving, so that the job can go on")
     while board.phase < Phase.RESCUING:
         if _is_stuck() and (stand_in(False) if stand_in is not None else _has_nothing_to_save(board, latch)):
@@ -88,10 +98,14 @@ def _break_off(why: str) -> None:
         gate.close(why)
     elif _computes_on_device():
         # The device would go on with what they left: nothing that it holds then is to be saved, by anybody.
+        while stand_in is None and not _is_stuck():
+            pass  # a script of another kind, or one that has trained: it may be writing what it has
         log.error("elastic-fit: ending this process: %s", why)
-        if stand_in is not None:
-            stand_in(True)
-        _end(1)
+        try:
+            if stand_in is not None:
+                stand_in(True)
+        finally:
+            _end(1)
     else:
         abort_collectives()
 

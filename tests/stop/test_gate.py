@@ -130,6 +130,8 @@ def test_step_that_has_begun_is_waited_for(device: Device, gate: Gate) -> None:
     gate.enter()
     closing = threading.Thread(target=gate.close, args=("a peer is gone",))
     closing.start()
+    while not gate.is_closed:
+        time.sleep(0.001)
     device.give("step 1")
     gate.leave()
     assert not device.is_broken
@@ -159,9 +161,53 @@ def test_rank_that_fails_itself_after_its_step_waits_for_nobody_to_end_it(device
     gate.enter()
     device.give("step 1")
     threading.Timer(0.05, device.run).start()
-    gate.close("this rank leaves")  # the training's own thread: nobody else would say that the step is queued
+    gate.come_to_rest("this rank leaves")
     assert gate.is_whole
     assert steps_done(device) == ["step 1"]
+    assert not device.is_broken, "its peers are well, and the script may begin another training"
+    step_of_next_fit = threading.Thread(target=step, args=(device, gate, 2))
+    step_of_next_fit.start()
+    while "all-reduce" not in device.queue:
+        time.sleep(0.001)
+    while step_of_next_fit.is_alive():
+        device.run()
+        time.sleep(0.001)
+    device.run()
+    assert steps_done(device) == ["step 1", "step 2"]
+
+
+def test_rank_that_fails_while_a_collective_hangs_breaks_it(
+    device: Device, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "REST_S", 0.1)
+    device.give("hung all-reduce")
+    gate.come_to_rest("this rank leaves")
+    assert device.is_broken
+    assert gate.is_closed
+    assert gate.is_whole
+
+
+def test_device_that_has_failed_holds_nothing_whole_and_raises_nothing(
+    device: Device, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.leave()
+
+    def fail(mark: Mark) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Mark, "query", fail)
+    gate.come_to_rest("this rank leaves")
+    assert gate.is_closed
+    assert not gate.is_whole
+
+
+def test_collectives_that_cannot_be_broken_leave_nothing_whole(device: Device) -> None:
+    def fail() -> None:
+        raise RuntimeError("the abort took too long")
+
+    gate = Gate(lambda: Mark(device), fail)
+    gate.close("a peer is gone")
+    assert not gate.is_whole
 
 
 def test_copy_behind_a_collective_that_hung_is_known_to_be_none(device: Device, gate: Gate) -> None:
