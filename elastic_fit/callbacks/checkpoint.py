@@ -211,21 +211,23 @@ class ElasticCheckpoint(ModelCheckpoint):
         return None
 
     def _begin(self, trainer: pl.Trainer) -> None:
-        """Take note of the step that this ``fit`` begins at; rank 0 looks whether it has gone back behind others."""
+        """Take note of the step that this ``fit`` begins at; rank 0 looks whether it has gone back behind others.
+
+        Where it can't look the training fails: what it saves might count as older than what is there.
+        """
         self.began_step = self.saved_step = trainer.global_step
         store = self._store
         if store is None or self._seals is None or not self.is_active:
             return
         if trainer.is_global_zero:
-            with self._seals.telling():
-                behind = store.begin(trainer.global_step)
-                if behind is not None:
-                    log.warning(
-                        "elastic-fit: going on from step %d, behind %s (step %d): what is saved from here on is newer",
-                        trainer.global_step,
-                        behind.path.name,
-                        behind.manifest.step,
-                    )
+            behind = store.begin(trainer.global_step)
+            if behind is not None:
+                log.warning(
+                    "elastic-fit: going on from step %d, behind %s (step %d): what is saved from here on is newer",
+                    trainer.global_step,
+                    behind.path.name,
+                    behind.manifest.step,
+                )
         store.branch = trainer.strategy.broadcast(store.branch)
 
     # triggers

@@ -15,6 +15,7 @@ import torch
 
 from elastic_fit import ElasticCheckpoint, latest_valid
 from elastic_fit.callbacks.seal import persist
+from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import CheckpointStore, Facts, SaveFailed
 from tests.agent.harness import free_port
 from tests.checkpoint.models import At, Line, names, steps, trainer
@@ -230,6 +231,27 @@ def test_what_one_rank_could_not_write_is_not_committed_by_another(tmp_path: Pat
     assert "rank 1: RuntimeError" in said[0]
     assert latest_valid(tmp_path).chosen is None
     assert names(tmp_path) == []
+
+
+class UnreadableStore(CheckpointStore):
+    def candidates(self) -> list[Path]:
+        raise StorageError(f"can't read {self.root}: Input/output error")
+
+
+class UnreadableCheckpoint(ElasticCheckpoint):
+    def _make_store(self, root: Path) -> CheckpointStore:
+        return UnreadableStore(root)
+
+
+def test_a_folder_that_cannot_be_read_at_the_start_ends_the_training_before_it_saves_what_nobody_would_select(
+    tmp_path: Path,
+) -> None:
+    """A checkpoint of a later step may be there: what is saved from here on would count as older."""
+    model = Line()
+    before = model.layer.weight.clone()
+    with pytest.raises(StorageError, match="Input/output error"):
+        trainer(tmp_path, UnreadableCheckpoint(tmp_path / "saved", every_n_train_steps=2), max_steps=4).fit(model)
+    assert torch.equal(model.layer.weight, before)
 
 
 def test_a_training_without_a_launcher_sweeps_after_one_that_died(tmp_path: Path) -> None:
