@@ -6,6 +6,7 @@ daemons are this process's children. Debian: ``apt-get install slurm-wlm munge``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -179,11 +180,18 @@ class Slurm:
         self._stop(node, signal.SIGKILL)
 
     def crash(self, node: str) -> None:
-        """The machine dies: its daemon first, so that nobody is told, then all that runs on it."""
+        """The machine dies: its daemon first, so that nobody is told, then all that runs on it, at once.
+
+        Nobody may outlive another for as much as a millisecond: srun has a child that has the controller end the whole
+        step, on the other nodes too, where srun is killed.
+        """
         self.kill_slurmd(node)
         for _ in range(3):
-            for process in self.processes(node):
-                process.kill()
+            there = self.processes(node)
+            for act in (psutil.Process.suspend, psutil.Process.kill):
+                for process in there:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        act(process)
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
         """What runs on that node, or in the cluster, besides the daemons."""
