@@ -183,13 +183,14 @@ class Slurm:
         """The machine dies: its daemon first, so that nobody is told, then all that runs on it, at once.
 
         Nobody may outlive another for as much as a millisecond: srun has a child that has the controller end the whole
-        step, on the other nodes too, where srun is killed.
+        step, on the other nodes too, where srun is killed. So all are stopped, and children die before their parents:
+        the kernel wakes stopped ones whose parent has died.
         """
         self.kill_slurmd(node)
         for _ in range(3):
-            there = self.processes(node)
-            for act in (psutil.Process.suspend, psutil.Process.kill):
-                for process in there:
+            there = sorted(self.processes(node), key=lambda process: (process.create_time(), process.pid))
+            for act, processes in ((psutil.Process.suspend, there), (psutil.Process.kill, reversed(there))):
+                for process in processes:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         act(process)
 
