@@ -1,6 +1,6 @@
 """Adapter to NCCL's process groups: who deals with their failures, and how all of them are broken at once.
 
-Holds for torch 2.10 to 2.13; ``tests/test_contract_lightning.py`` checks the names used here, as far as a torch without
+Holds for torch 2.11 to 2.13; ``tests/test_contract_lightning.py`` checks the names used here, as far as a torch without
 NCCL has them, and ``tests/gpu`` what they do.
 """
 

@@ -28,7 +28,7 @@ MADE_EQUAL = "buffers made equal"
 class BoundaryBuffers(pl.Callback):
     """Has every capture between two optimizer steps hold the buffers of the first of them.
 
-    Costs one copy of the model's persistent buffers a step; nothing where it has none.
+    Costs one copy of the model's persistent buffers a step, two with a gate; nothing where it has none.
     """
 
     def __init__(self) -> None:
