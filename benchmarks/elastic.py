@@ -53,19 +53,14 @@ def _ours(script: Path) -> Callable[[Cluster, str], Launched]:
     return lambda cluster, host: cluster.launch(host, steps=int(ENDLESS), script=script)
 
 
-def _torchrun(*flags: str, **environment: str) -> Callable[[Cluster, str], Launched]:
-    meeting = (
-        "--nnodes=1:4",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=h1:29400",
-        "--rdzv-id=bench",
-        "--max-restarts=99",
-    )
-
+def _torchrun(*flags: str, ours: bool = False, **environment: str) -> Callable[[Cluster, str], Launched]:
     def start(cluster: Cluster, host: str) -> Launched:
+        backend, endpoint = ("elastic-fit", str(cluster.run_dir)) if ours else ("c10d", "h1:29400")
+        meeting = (f"--rdzv-backend={backend}", f"--rdzv-endpoint={endpoint}", "--rdzv-id=bench")
+        limits = ("--nnodes=1:4", "--max-restarts=99", f"--local-addr={host}")
         script = (str(TRAIN), str(cluster.folder), ENDLESS, STEP_S)
         environment_ = {"GLOO_SOCKET_IFNAME": "eth0", **environment}
-        return cluster.run(host, *meeting, f"--local-addr={host}", *flags, *script, command=TORCHRUN, **environment_)
+        return cluster.run(host, *meeting, *limits, *flags, *script, command=TORCHRUN, **environment_)
 
     return start
 
@@ -79,6 +74,7 @@ ARMS = (
         _torchrun("--rdzv-conf", TUNED, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", PG_TIMEOUT_S="20"),
         repeats=2,
     ),
+    Arm("torchrun with our rendezvous", _torchrun(ours=True)),
 )
 
 

@@ -292,10 +292,11 @@ class DataPosition(pl.Callback):
             worker.ledger.write("global_batch", before=before, now=now, world_size=self._trainer.world_size)
         log.warning(
             "elastic-fit: an optimizer step takes %s samples from here on, not %s: there are %s ranks now. "
-            "The learning rate stays as it is. --global-batch-size %s keeps the batch.",
+            "The learning rate stays as it is. %s%s keeps the batch.",
             now,
             before,
             self._trainer.world_size,
+            "--global-batch-size " if worker is not None else "ElasticCheckpoint's global_batch_size=",
             before,
         )
 

@@ -41,7 +41,10 @@ def check_nodes(text: str) -> None:
 def check_backend(name: str) -> None:
     """Whether nodes can agree there. Raises UsageError."""
     if name not in BACKENDS:
-        raise UsageError(f"there is no rendezvous backend {name}", hint=f"one of {', '.join(BACKENDS)}")
+        raise UsageError(
+            f"there is no rendezvous backend {name}",
+            hint=f"one of {', '.join(BACKENDS)}; or none: then the nodes agree in the run folder",
+        )
 
 
 def rendezvous_config(text: str) -> dict[str, float]:

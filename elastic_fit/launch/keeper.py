@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
 from elastic_fit.launch.contact import Contact
 from elastic_fit.launch.links import Links
+from elastic_fit.supervisor.errors import PortTaken
 from elastic_fit.supervisor.hearing import QUIET_S, statement
 from elastic_fit.supervisor.membership import Fence, Move, Propose, Release, Wait, contacts, decide, next_round, release
 from elastic_fit.supervisor.pulse import ListeningClock
@@ -314,3 +316,37 @@ class Keeper:
         with contextlib.suppress(BlockingIOError):
             os.write(self._news_w, b"\0")
         return self.training, order.cause
+
+
+def open_keeper(
+    job: str,
+    bounds: Bounds,
+    arbiter: Arbiter,
+    *,
+    name: str,
+    address: str,
+    port: int,
+    workers: int,
+    traits: Mapping[str, str],
+    wish: int | None = None,
+    is_guest: bool = False,
+) -> Keeper:
+    """A keeper for this process, which listens at `port` (0: any) and belongs to `job`; the rest is its `Profile`.
+
+    Raises PortTaken where it can't listen there.
+    """
+    listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
+    try:
+        links = Links("0.0.0.0", job, clock=lambda: listening.tick(time.monotonic()), port=port)
+    except OSError as error:
+        raise PortTaken.by("port", port, error) from error
+    profile = Profile(
+        node=f"{name}-{os.getpid()}-{secrets.token_hex(3)}",
+        name=name,
+        address=address,
+        port=links.port,
+        workers=workers,
+        wish=wish,
+        traits=traits,
+    )
+    return Keeper(profile, bounds, arbiter, links, listening=listening, is_guest=is_guest)

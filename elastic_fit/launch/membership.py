@@ -392,14 +392,20 @@ class ElasticRendezvous(RendezvousHandler):
                 self._store = self._hosted[1]
             else:
                 self._hosted = None
-                # Agents have nothing to tell one another there: it is all in the roster. That it can be reached is
-                # enough, and a client of torch's would look up the name of the host first (see docs/elastic.md).
-                socket.create_connection((address, int(port)), timeout=MEETING_S).close()
-                self._store = HashStore()
+                self._store = self._meet(address, int(port))
         except OSError:
             self.report(Report(cause=Cause.FAILED))
             return None
         return RendezvousInfo(self._store, rank, len(roster.members), RendezvousStoreInfo(address, int(port)))
+
+    def _meet(self, address: str, port: int) -> Store:
+        """What the agent has of a round's store that another node serves. Raises OSError where it can't be reached.
+
+        Agents have nothing to tell one another there: it is all in the roster. That it can be reached is enough, and a
+        client of torch's would look up the name of the host first (see docs/elastic.md).
+        """
+        socket.create_connection((address, port), timeout=MEETING_S).close()
+        return HashStore()
 
 
 def _serve() -> TCPStore:

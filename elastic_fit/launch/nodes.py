@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import secrets
 import signal
 import socket
 import sys
@@ -22,12 +21,11 @@ from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.names import interface_of, is_free, is_here, look_up, own_address
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
-from elastic_fit.supervisor.errors import PortTaken
+from elastic_fit.launch.waits import Waits
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.ledger import Ledger, read
-from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.requeue import has_begun
-from elastic_fit.supervisor.roster import Profile, Roster
+from elastic_fit.supervisor.roster import Roster
 from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store.generation import (
     Holder,
@@ -54,10 +52,6 @@ if TYPE_CHECKING:
 
 BOUND_OF = {"silence": "silence_s", "outage": "outage_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
 """What of ``--rdzv-conf`` sets which limit, in seconds."""
-TELL_AFTER_S = 1.0
-"""How long something is waited for before a node says so."""
-TELL_EVERY_S = 10.0
-"""How often it repeats that."""
 
 
 def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> Status:
@@ -147,11 +141,13 @@ def _bounds(invocation: Invocation, nodes: str = "") -> Bounds:
     """The limits; `nodes` is how many nodes the job may have, where that isn't the command line's to say."""
     from torch.distributed.run import parse_min_max_nnodes
 
-    args = invocation.torchrun
-    least, most = parse_min_max_nnodes(nodes or args.nnodes)
-    config = invocation.rendezvous
-    chosen = {field: config[key] for key, field in BOUND_OF.items() if key in config}
-    return Bounds(least=least, most=most, **chosen)
+    least, most = parse_min_max_nnodes(nodes or invocation.torchrun.nnodes)
+    return bounds_of(least, most, invocation.rendezvous)
+
+
+def bounds_of(least: int, most: int, config: Mapping[str, float]) -> Bounds:
+    """The limits of a job of that many nodes; `config` is what ``--rdzv-conf`` says."""
+    return Bounds(least=least, most=most, **{field: config[key] for key, field in BOUND_OF.items() if key in config})
 
 
 @dataclass(slots=True)
@@ -168,8 +164,6 @@ class _Node:
     _address: str = ""
     """Where others reach this node."""
     _start: JobStart | None = None
-    _waits_for: str = ""
-    _tell_at_s: float = 0.0
 
     def run(self) -> Status:
         from elastic_fit.launch.signals import SignalLatch
@@ -207,8 +201,7 @@ class _Node:
         from torch.distributed.run import determine_local_world_size
 
         from elastic_fit.launch.guest import adopt
-        from elastic_fit.launch.keeper import LONGEST_GAP_S, Keeper
-        from elastic_fit.launch.links import Links
+        from elastic_fit.launch.keeper import open_keeper
         from elastic_fit.launch.membership import ElasticRendezvous
 
         args = self.invocation.torchrun
@@ -220,24 +213,18 @@ class _Node:
         bounds = _bounds(self.invocation, own_traits["nodes"])
         arbiter = arbiter_of(self.invocation, self.folder, name)
         arbiter.check()
-        port = self._port(own_traits, arbiter)
-        listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
-        try:
-            links = Links("0.0.0.0", name, clock=lambda: listening.tick(time.monotonic()), port=port)
-        except OSError as error:
-            raise PortTaken.by("port", port, error) from error
-        host = (self.invocation.job.node if self.invocation.job else "") or socket.gethostname()
-        profile = Profile(
-            node=f"{host}-{os.getpid()}-{secrets.token_hex(3)}",
-            name=host,
+        keeper = open_keeper(
+            name,
+            bounds,
+            arbiter,
+            name=(self.invocation.job.node if self.invocation.job else "") or socket.gethostname(),
             address=self._address,
-            port=links.port,
+            port=self._port(own_traits, arbiter),
             workers=determine_local_world_size(args.nproc_per_node),
-            wish=args.node_rank or None,
             traits=own_traits,
+            wish=args.node_rank or None,
+            is_guest=self.guest_of is not None,
         )
-        is_guest = self.guest_of is not None
-        keeper = Keeper(profile, bounds, arbiter, links, listening=listening, is_guest=is_guest)
         me = Holder.this_process()
         return ElasticRendezvous(
             keeper,
@@ -276,6 +263,7 @@ class _Node:
         from elastic_fit.launch.resume import ResumeChooser
         from elastic_fit.supervisor.policy import RestartPolicy
 
+        told = Waits(self.console.line)
         chooser = ResumeChooser(self.folder, ledger, self.invocation, self.console.line)
         effects = Effects(
             nursery=self.nursery,
@@ -297,8 +285,8 @@ class _Node:
             limits=limits_of(self.invocation),
             settle=chooser.settle,
             tally=lambda: tally(ledger),
-            waiting=self._tell_wait,
-            news=self._tell_news,
+            waiting=told.waiting,
+            news=told.news,
         )
 
     def _planner(self, rendezvous: ElasticRendezvous) -> Plan:
@@ -321,20 +309,6 @@ class _Node:
 
         return plan
 
-    def _tell_wait(self, why: str) -> None:
-        """Say what is waited for once that has lasted, and again from time to time."""
-        now = time.monotonic()
-        key = why.split(";")[0]
-        if key != self._waits_for:
-            self._waits_for, self._tell_at_s = key, now + TELL_AFTER_S
-        if why and now >= self._tell_at_s:
-            self._tell_at_s = now + TELL_EVERY_S
-            self.console.line(why)
-
-    def _tell_news(self, text: str) -> None:
-        self._waits_for = ""
-        self.console.line(text)
-
 
 def job_start(invocation: Invocation, folder: RunDir, ledger: Ledger, console: Console) -> JobStart | None:
     """The start of the SLURM job that this launcher is part of, if it is part of one."""
@@ -356,11 +330,18 @@ def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
     bounds = _bounds(invocation)
     digest = hashlib.sha256(script.read_bytes()).hexdigest()[:16] if script.is_file() else invocation.script
     return {
-        "elastic_fit": importlib.metadata.version("elastic-fit"),
-        "torch": importlib.metadata.version("torch").split("+")[0],
-        "python": ".".join(platform.python_version_tuple()[:2]),
+        **software(),
         "script": digest,
         "run": identity.run_id,
         "nodes": f"{bounds.least}:{bounds.most}",
         **(invocation.job.traits if invocation.job is not None else {}),
+    }
+
+
+def software() -> dict[str, str]:
+    """The versions that must be the same on all nodes of the job."""
+    return {
+        "elastic_fit": importlib.metadata.version("elastic-fit"),
+        "torch": importlib.metadata.version("torch").split("+")[0],
+        "python": ".".join(platform.python_version_tuple()[:2]),
     }

@@ -5,6 +5,8 @@ step adds one to it, on every world size, so that a step that was lost or done t
 
 The test steers it by files in the folder: `last-step` ends the training at that step; while `hold-start`, `hold-save`
 or `hold-validation` is there, who comes to that place waits in it and notes so; while `hold-save-h1` is, h1 does.
+
+With CALLBACK=1 it knows of ElasticCheckpoint and of the number of nodes, as a script without the launcher has to.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
+from elastic_fit import ElasticCheckpoint
+
 SAMPLES, SEED = 100_000, 7
 VALIDATE_EVERY = int(os.environ.get("VALIDATE_EVERY", "0"))
+CALLBACK = os.environ.get("CALLBACK") == "1"
 SHARDED = os.environ.get("SHARDED", "")
 """`all`: each rank holds a shard of its own. `pairs`: of four ranks, two hold the same ones as the other two."""
 
@@ -110,12 +115,17 @@ def main() -> None:
     pl.seed_everything(SEED)
     data = torch.arange(SAMPLES)
     world = int(os.environ["WORLD_SIZE"])
+    callbacks: list[pl.Callback] = [Notes()]
+    if CALLBACK:
+        callbacks.append(ElasticCheckpoint(FOLDER / "checkpoints", resume="auto", save_top_k=0, keep=2))
     sharded = {"strategy": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)} if SHARDED else {}
     trainer = pl.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
         logger=False,
-        callbacks=[Notes()],
+        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]) if CALLBACK else 1,
+        callbacks=callbacks,
+        enable_checkpointing=CALLBACK,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
