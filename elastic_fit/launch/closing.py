@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.goodput import Goodput, account
 from elastic_fit.supervisor.ledger import Ledger, read
 
 if TYPE_CHECKING:
     from elastic_fit.launch.render import Console
-    from elastic_fit.supervisor.exits import Exit as Status
 
 
 def tally(ledger: Ledger) -> Goodput | None:
@@ -21,12 +21,25 @@ def tally(ledger: Ledger) -> Goodput | None:
         return None
 
 
-def close(status: Status, result: Goodput | None, ledger: Ledger, console: Console, *, left: bool = False) -> Status:
-    """Write down and say how the run has ended, or this node's part of it (`left`); returns its exit status."""
+def close(
+    status: Exit,
+    result: Goodput | None,
+    ledger: Ledger,
+    console: Console,
+    *,
+    left: bool = False,
+    fresh: bool = False,
+) -> Exit:
+    """Write down and say how the run has ended, or this node's part of it (`left`); returns its exit status.
+
+    `fresh`: the very same command would not go on, but start over.
+    """
     fields: dict[str, Any] = {"left": True} if left else {}
     if result is not None:
         fields |= {name: getattr(result, name) for name in ("steps", "restarts", "repeated")}
         fields["productive_share"] = round(result.productive_share, 4)
     ledger.write("finish", code=int(status), **fields)
     console.finish(status, result, ledger_failure=ledger.failure)
+    if status is Exit.SAVED and fresh:
+        console.line("hint     run it again without --fresh to go on")
     return status

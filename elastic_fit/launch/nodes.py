@@ -195,7 +195,9 @@ class _Node:
             agent.forget_orders()
         finally:
             rendezvous.shutdown()
-        return close(agent.status, agent.tally or tally(ledger), ledger, self.console, left=agent.leaves)
+        fresh = self.invocation.fresh and self.invocation.job is None  # later starts of a SLURM job go on nevertheless
+        result = agent.tally or tally(ledger)
+        return close(agent.status, result, ledger, self.console, left=agent.leaves, fresh=fresh)
 
     def _rendezvous(self) -> ElasticRendezvous:
         from torch.distributed.run import determine_local_world_size

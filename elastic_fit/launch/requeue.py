@@ -68,8 +68,8 @@ class JobStart:
         self.ledger.write("incarnation", **fields, cause=cause.value if cause else None)
         if cause is not None:
             counts = count_causes(read(self.folder.events), self.job.job_id)
-            told = ", ".join(f"{count} {name.value}" for name, count in counts.items() if count)
-            self.tell(f"job      {self.job.job_id}, started again after a {cause.value} ({told} so far)")
+            told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+            self.tell(f"job      {self.job.job_id}, started again after a {cause} ({told} so far)")
 
     def seconds_left(self) -> float | None:
         """What SLURM leaves for a stop; None where it doesn't say.

@@ -109,7 +109,7 @@ class _Launch:
             agent = self._agent(ledger, chooser, wish, latch, planner)
             agent.run()
             agent.forget_orders()
-        return close(agent.status, tally(ledger), ledger, self.console)
+        return close(agent.status, tally(ledger), ledger, self.console, fresh=self.invocation.fresh)
 
     def _agent(
         self, ledger: Ledger, chooser: ResumeChooser, wish: Wish, latch: SignalLatch, planner: Planner

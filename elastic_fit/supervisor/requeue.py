@@ -29,6 +29,10 @@ class Interruption(str, Enum):
     OPERATOR = "operator"
     """Somebody asked for it, and is not to be contradicted; or the scheduler, without saying why."""
 
+    def __str__(self) -> str:
+        """For a person."""
+        return "stop by hand" if self is Interruption.OPERATOR else self.value
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduler:

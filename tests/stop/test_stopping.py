@@ -75,6 +75,14 @@ def test_a_signal_to_one_worker_stops_all_of_them_together(elastic: Elastic, num
     assert decision(first)["step"] == first.steps()[-1]
 
 
+def test_a_run_that_was_begun_anew_and_has_saved_says_that_the_same_command_would_begin_anew_again(
+    elastic: Elastic,
+) -> None:
+    first = elastic(TELL + "trainer(At(5, told(to_launcher()))).fit(Model())\n", "--fresh")
+    assert "run it again without --fresh to go on" in first.said
+    goes_on(elastic, first)
+
+
 def test_all_workers_signalled_at_once_save_once(elastic: Elastic) -> None:
     first = elastic(TELL + "trainer(At(5, to_me()), max_epochs=2000).fit(Model())\n")
     assert first.code == 75
