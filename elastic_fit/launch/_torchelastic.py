@@ -72,6 +72,7 @@ class TorchelasticAgent(LocalElasticAgent):
     def form(self, attempt: int) -> WorkerGroup:
         """Rendezvous, and learn this node's ranks. `attempt` counts from 0 and is what the workers are told."""
         self._remaining_restarts = self.spec.max_restarts - attempt
+        self._store = self._worker_group.store = None  # the server of the last round's store ends, and frees its port
         self._rendezvous(self._worker_group)
         self._worker_group.state = WorkerState.HEALTHY
         return self._worker_group

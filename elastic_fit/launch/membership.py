@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch.distributed import HashStore, Store, TCPStore
+from torch.distributed import DistNetworkError, HashStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousHandler,
@@ -24,6 +24,7 @@ from elastic_fit.launch.keeper import Keeper
 from elastic_fit.launch.rendezvous import STORE_TIMEOUT
 from elastic_fit.supervisor.errors import ElasticFitError
 from elastic_fit.supervisor.membership import End, Form, Train, Wait
+from elastic_fit.supervisor.policy import UNREACHABLE, WorkerFailure
 from elastic_fit.supervisor.roster import Cause, Phase, Roster
 
 MEETING_S = 5.0
@@ -127,6 +128,7 @@ class ElasticRendezvous(RendezvousHandler):
         newest_generation: the highest fencing number taken so far.
         take_generation: publish a fencing number, so that commits under older ones are refused.
         idle: called about once a second while waiting, with what is waited for; may raise to end the wait.
+        port: where a round's store is served, if nobody else has it; 0 is any.
     """
 
     def __init__(
@@ -138,10 +140,12 @@ class ElasticRendezvous(RendezvousHandler):
         newest_generation: Callable[[], int],
         take_generation: Callable[[int], None],
         idle: Callable[[str], None] | None = None,
+        port: int = 0,
     ) -> None:
         self._keeper = keeper
         self._run_id = run_id
         self._backend = backend
+        self._port = port
         self._newest_generation = newest_generation
         self._take_generation = take_generation
         self._judge: Callable[[Gathered], Verdict] | None = None
@@ -348,7 +352,8 @@ class ElasticRendezvous(RendezvousHandler):
             closed = sealed.after(phase=Phase.CLOSED, decision={**facts, "status": verdict.status})
             keeper.store(closed, ANSWER_S)
             return sealed.version
-        store = _serve()
+        self._store = self._hosted = None  # the old server goes first: it may hold the port
+        store = _serve(self._port)
         self._hosted = (sealed.round, store)
         formed = sealed.after(
             phase=Phase.RUNNING,
@@ -393,10 +398,18 @@ class ElasticRendezvous(RendezvousHandler):
             else:
                 self._hosted = None
                 self._store = self._meet(address, int(port))
-        except OSError:
-            self.report(Report(cause=Cause.FAILED))
+        except OSError as error:
+            self.report(Report(cause=Cause.FAILED, failures=[asdict(self._unreachable(roster, rank, error))]))
             return None
         return RendezvousInfo(self._store, rank, len(roster.members), RendezvousStoreInfo(address, int(port)))
+
+    def _unreachable(self, roster: Roster, rank: int, error: OSError) -> WorkerFailure:
+        """What this node's workers would have failed of, before any other's could have failed of that (`seen_ns`)."""
+        address, port = roster.decision["store"]
+        names = f"{self._keeper.me.name} can't reach {roster.members[roster.rank(roster.leader)].name}"
+        why = f"{names} at {address}:{port}, where this round's store is: {error.strerror or error}"
+        first = sum(member.workers for member in roster.members[:rank])
+        return WorkerFailure(rank=first, code=1, seen_ns=0, type=UNREACHABLE, message=why)
 
     def _meet(self, address: str, port: int) -> Store:
         """What the agent has of a round's store that another node serves. Raises OSError where it can't be reached.
@@ -408,8 +421,13 @@ class ElasticRendezvous(RendezvousHandler):
         return HashStore()
 
 
-def _serve() -> TCPStore:
-    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+def _serve(port: int) -> TCPStore:
+    try:
+        return TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+    except DistNetworkError:
+        if not port:
+            raise
+        return _serve(0)  # another node on this machine, or another program, has the port
 
 
 def _by_rank(codes: Mapping[Any, int]) -> dict[int, int]:

@@ -234,6 +234,7 @@ class _Node:
             backend=args.rdzv_backend,
             newest_generation=lambda: newest_generation(self.folder.generations),
             take_generation=lambda number: publish_generation(self.folder.generations, number, me),
+            port=int(args.master_port or 0),
         )
 
     def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter) -> int:

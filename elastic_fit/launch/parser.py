@@ -41,6 +41,7 @@ OTHER_HELP = {
 """What torchrun's flags mean here, where that is not what they mean to torchrun."""
 WITHOUT_EFFECT = {
     "--numa-binding": None,
+    "--master-addr": "127.0.0.1",
     "--logs-specs": None,
     "--duplicate-stdout-filters": "",
     "--duplicate-stderr-filters": "",

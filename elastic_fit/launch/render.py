@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from elastic_fit.supervisor.errors import ElasticFitError
 from elastic_fit.supervisor.exits import Exit as Status
+from elastic_fit.supervisor.policy import UNREACHABLE
 
 if TYPE_CHECKING:
     from elastic_fit.launch.parser import Invocation
@@ -129,13 +130,16 @@ class Console:
         """A worker has failed: root cause, decision, loss, hint."""
         is_above = root.shown and self._shows_workers
         where = ", its traceback is above" if is_above else ""
-        self.line(f"rank {root.rank} (pid {root.pid}) failed first{where}: {root.cause}", style="31")
+        who = f"rank {root.rank} (pid {root.pid})" if root.pid else f"rank {root.rank}"
+        self.line(f"{who} failed first{where}: {root.cause}", style="31")
         for text in () if is_above else root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
             self._print(f"  {text}", file=self._err)
         lost = max(0, reached - resume)
         self.line(f"lost     {lost} optimizer steps (had reached {reached}, going on from {resume})")
         self.line(f"decision {'restart' if hasattr(decision, 'backoff_s') else 'the run ends'}: {decision.why}")
-        hint = getattr(decision, "hint", "") or hint_for(root)
+        # Of what has nothing to do with the script, the general hint would be wrong.
+        general = "" if root.type == UNREACHABLE else getattr(decision, "hint", "")
+        hint = general or hint_for(root)
         if hint:
             self.line(f"hint     {hint}")
 
@@ -202,6 +206,8 @@ def hint_for(root: WorkerFailure) -> str:
     """What a death by signal, or an error that is known, usually means."""
     if "Weights only load failed" in root.traceback:
         return "the checkpoint holds more than tensors (a Path in the hyperparameters?): --load-unsafe loads it anyway"
+    if root.type == UNREACHABLE:
+        return "look at the firewall between them; --master-port and --rdzv-conf port=... say which ports are used"
     return {
         "SIGKILL": "SIGKILL often is the kernel's out-of-memory killer: look at dmesg and at the cgroup's limit",
         "SIGSEGV": "a segmentation fault: set PYTHONFAULTHANDLER=1 for a stack",

@@ -57,6 +57,10 @@ _MISTAKE_TYPES = frozenset(
 )
 
 
+UNREACHABLE = "Unreachable"
+"""The `WorkerFailure.type` of workers that could not start because their node can't reach another one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFailure:
     """How one worker ended, other than well."""
@@ -94,7 +98,7 @@ class WorkerFailure:
     @property
     def is_secondary(self) -> bool:
         """Whether this looks like the echo of another rank's end."""
-        return not self.signal and bool(_SECONDARY.search(self.message))
+        return not self.signal and self.type != UNREACHABLE and bool(_SECONDARY.search(self.message))
 
     @property
     def is_mistake(self) -> bool:
