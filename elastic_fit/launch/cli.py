@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
-    if arguments[:1] == ["--version"]:
-        console.text(f"elastic-fit {__version__}")
-        return Status.FINISHED
     try:
+        if arguments[:1] == ["--version"]:
+            console.text(f"elastic-fit {__version__}")
+            return Status.FINISHED
         name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
         command = importlib.import_module(f"elastic_fit.launch.commands.{name}")
         return int(command.main(arguments, console))

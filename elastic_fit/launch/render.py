@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shlex
@@ -10,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from elastic_fit.supervisor.errors import ElasticFitError
+from elastic_fit.supervisor.errors import ElasticFitError, StorageError
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.policy import UNREACHABLE
 
@@ -47,7 +49,7 @@ class Console:
         """One line, on a fresh one: a progress bar that is being drawn is left as it stands above."""
         start = "\r\x1b[K" if self._is_terminal else ""
         head = f"\x1b[1;{style or '36'}m{NAME}\x1b[0m" if self._has_color else NAME
-        self._print(f"{start}{head}: {text}", file=self._err)
+        self._say(f"{start}{head}: {text}")
 
     def error(self, error: ElasticFitError) -> None:
         """What went wrong and what to do about it."""
@@ -55,31 +57,45 @@ class Console:
         if error.hint:
             self.line(f"hint: {error.hint}")
 
-    def _print(self, text: str, *, file: IO[str]) -> None:
+    def _say(self, text: str) -> None:
+        """To the person, who may have left, or have no room for it: that must not hold up or end what is being done."""
         try:
-            print(text, file=file, flush=True)
-        except BrokenPipeError:
-            _send_nowhere(file)  # nobody is reading any more; the training goes on
+            print(text, file=self._err, flush=True)
+        except (OSError, ValueError) as failure:
+            if _has_gone(self._err, failure):
+                _send_nowhere(self._err)
+
+    def _put(self, text: str) -> None:
+        """To whoever asked for data: a part of it must not pass for all."""
+        try:
+            print(text, file=self._out, flush=True)
+        except OSError as failure:
+            _send_nowhere(self._out)
+            if not _has_gone(self._out, failure):  # else nobody wants the rest
+                raise StorageError(
+                    f"can't write to stdout: {failure.strerror}", hint="what is there is not all of it"
+                ) from failure
 
     def settle(self) -> None:
         """The last thing: leave a terminal in order, and write out what others, such as a logger, have buffered."""
         if self._is_terminal:
-            self._err.write("\x1b[?25h")  # the cursor, which a killed worker's progress bar had hidden
+            with contextlib.suppress(OSError, ValueError):
+                self._err.write("\x1b[?25h")  # the cursor, which a killed worker's progress bar had hidden
         for file in (self._out, self._err):
             try:
                 file.flush()
-            except BrokenPipeError:
+            except (OSError, ValueError):
                 _send_nowhere(file)
 
     # data
 
     def data(self, record: Mapping[str, Any]) -> None:
         """JSON on stdout."""
-        self._print(json.dumps(record, indent=2, default=str), file=self._out)
+        self._put(json.dumps(record, indent=2, default=str))
 
     def text(self, text: str) -> None:
         """Text on stdout, as it is."""
-        self._print(text.rstrip("\n"), file=self._out)
+        self._put(text.rstrip("\n"))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table on stdout: drawn on a terminal, tab-separated elsewhere."""
@@ -93,7 +109,7 @@ class Console:
             Rich(file=self._out).print(table)
             return
         for row in (columns, *rows):
-            self._print("\t".join(row), file=self._out)
+            self._put("\t".join(row))
 
     # a run
 
@@ -133,7 +149,7 @@ class Console:
         who = f"rank {root.rank} (pid {root.pid})" if root.pid else f"rank {root.rank}"
         self.line(f"{who} failed first{where}: {root.cause}", style="31")
         for text in () if is_above else root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
-            self._print(f"  {text}", file=self._err)
+            self._say(f"  {text}")
         lost = max(0, reached - resume)
         self.line(f"lost     {lost} optimizer steps (had reached {reached}, going on from {resume})")
         self.line(f"decision {'restart' if hasattr(decision, 'backoff_s') else 'the run ends'}: {decision.why}")
@@ -169,8 +185,19 @@ class Console:
             self.line(f"the ledger lacks what came last: {ledger_failure.strerror}", style="31")
 
 
+def _has_gone(file: IO[str], failure: OSError | ValueError) -> bool:
+    """Whether nothing more will ever get there, as opposed to a full disk. Raises what is no matter of the file's."""
+    if isinstance(failure, OSError):
+        return failure.errno in (errno.EPIPE, errno.EIO)
+    if not file.closed:
+        raise failure
+    return True
+
+
 def _send_nowhere(file: IO[str]) -> None:
     """Let the null device take the rest: what stays buffered would fail the interpreter's last flush (exit 120)."""
+    if file.closed:
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, file.fileno())
     os.close(nowhere)
