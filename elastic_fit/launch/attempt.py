@@ -80,6 +80,7 @@ class Attempt:
         self._now_ns = now_ns
         self._workers: dict[int, _Worker] = {}
         self._streams = Streams()
+        self._is_rescuing = False
         self._good: frozenset[int] = frozenset({Status.FINISHED, Status.SAVED})
 
     def start(self, plans: Sequence[WorkerPlan]) -> None:
@@ -182,7 +183,12 @@ class Attempt:
         """Put the stop word on the boards of the running workers.
 
         A worker that has not come as far as a process group can't read it, and has nothing to save: it gets SIGTERM.
+        Survivors of a death keep their order to save what they hold and leave: with whom it was they can agree on
+        nothing any more.
         """
+        if self._is_rescuing:
+            return
+        self._is_rescuing = mode is StopMode.RESCUE
         if mode in (StopMode.SAVE, StopMode.NO_SAVE):
             self._good |= {Status.TERMINATED}  # to leave with nothing to save is no failure then
         for pid in self.running:

@@ -216,14 +216,14 @@ class ClusterAgent(ElasticAgent):
             return ending_ns
         if change.cause >= Cause.FAILED:
             return ending_ns or self._release_survivors(attempt)
-        return self._ask_to_save(attempt, change)
+        return self._ask_to_save(attempt, change, ending_ns)
 
-    def _ask_to_save(self, attempt: Attempt, change: Change) -> int:
+    def _ask_to_save(self, attempt: Attempt, change: Change, ending_ns: int) -> int:
         deadline_s = self._limits.grace_s if change.deadline_s is None else change.deadline_s
         deadline = self._fx.now_ns() + int(deadline_s * 1e9)
         if self._stop is None:
             self._ask(attempt, StopMode.SAVE if change.save else StopMode.NO_SAVE, deadline)
-        return deadline
+        return min(deadline, ending_ns or deadline)
 
     def _end_at_once(self) -> None:
         super()._end_at_once()

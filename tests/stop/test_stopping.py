@@ -323,6 +323,33 @@ def test_a_frozen_rank_does_not_hold_the_run_beyond_its_grace(elastic: Elastic) 
     assert 1.0 <= grace_taken_s(first) < 4
 
 
+def test_a_stop_right_after_a_death_leaves_the_survivor_to_save_what_it_holds(elastic: Elastic, tmp_path: Path) -> None:
+    body = f"""
+from elastic_fit.callbacks import session
+from elastic_fit.supervisor.ledger import read
+
+class Dies(Validated):
+    def validation_step(self, batch, batch_idx):
+        if RANK == 1:
+            die()
+        if batch_idx == 0:
+            told(lambda: None)()  # by its peer's death
+            to_launcher()()
+            while not any(one.event == "stop_requested" for one in read({str(tmp_path / "run" / "events.jsonl")!r})):
+                time.sleep(0.001)
+        time.sleep(0.05)
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(1200, 4)), batch_size=2)
+
+trainer(num_sanity_val_steps=0).fit(Dies())
+"""
+    first = elastic(TELL + body, "--grace", "5s")
+    assert first.code == 75, first.said + first.output()
+    assert [one["step"] for one in first.events("rescue")] == [8]
+    assert first.events("stragglers") == []
+    goes_on(elastic, first)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stop_during_the_imports_of_one_rank_ends_at_once(elastic: Elastic, rank: int) -> None:
     body = f"if RANK == {rank}:\n    import time; to_launcher()(); time.sleep(60)\ntrainer().fit(Model())\n"
