@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from elastic_fit.supervisor.exits import Exit
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 GOES_ON = {Exit.SAVED, Exit.INTERRUPTED, Exit.TERMINATED}
+BatchScript = Callable[[str], "subprocess.Popen[bytes]"]
 DOCUMENTS = list(yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()))
 
 
@@ -70,23 +72,32 @@ def test_the_page_on_exit_codes_names_them_all() -> None:
     assert {int(code) for row in rows for code in row.split(",")} == set(Exit)
 
 
-def test_the_batch_script_on_that_page_puts_the_job_back_on_75_and_waits_for_the_save(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "exit-codes.md").read_text()
-    script = page.split("```bash\n")[1].split("```")[0]
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
+@pytest.fixture
+def batch_script(tmp_path: Path) -> BatchScript:
+    """Start the batch script of the page on exit codes; `srun` is what its `srun` does."""
+
+    def start(srun: str) -> subprocess.Popen[bytes]:
+        page = (ROOT / "docs" / "exit-codes.md").read_text()
+        (tmp_path / "job.sh").write_text(page.split("```bash\n")[1].split("```")[0])
+        bin_ = tmp_path / "bin"
+        bin_.mkdir()
+        (bin_ / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+        (bin_ / "scontrol").write_text('#!/bin/bash\n[ -e saved ] && echo "$@" >> asked\n')
+        for command in bin_.iterdir():
+            command.chmod(0o755)
+        environment = {"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "123"}
+        bash = shutil.which("bash")
+        assert bash
+        return subprocess.Popen([bash, "job.sh"], cwd=tmp_path, env=environment)
+
+    return start
+
+
+def test_the_batch_script_on_that_page_puts_the_job_back_on_75_and_waits_for_the_save(
+    tmp_path: Path, batch_script: BatchScript
+) -> None:
     # A launcher that is warned, takes a second to save, and exits with 75.
-    (bin_ / "srun").write_text(
-        "#!/bin/bash\ntrap 'sleep 1; touch saved; exit 75' USR1\ntouch up\nfor i in {1..200}; do sleep 0.05; done\n"
-    )
-    (bin_ / "scontrol").write_text('#!/bin/bash\n[ -e saved ] && echo "$@" >> asked\n')
-    for command in bin_.iterdir():
-        command.chmod(0o755)
-    (tmp_path / "job.sh").write_text(script)
-    environment = {"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "123"}
-    bash = shutil.which("bash")
-    assert bash
-    batch = subprocess.Popen([bash, "job.sh"], cwd=tmp_path, env=environment)
+    batch = batch_script("trap 'sleep 1; touch saved; exit 75' USR1; touch up; for i in {1..200}; do sleep 0.05; done")
     try:
         while not (tmp_path / "up").exists():
             assert batch.poll() is None
@@ -95,3 +106,15 @@ def test_the_batch_script_on_that_page_puts_the_job_back_on_75_and_waits_for_the
     finally:
         batch.kill()
     assert (tmp_path / "asked").read_text() == "requeue 123\n"
+
+
+@pytest.mark.parametrize("code", [Exit.FINISHED, Exit.FAILED, Exit.INTERRUPTED, Exit.TERMINATED, 137])
+def test_the_batch_script_on_that_page_ends_with_whatever_code_the_launcher_ends_with(
+    tmp_path: Path, batch_script: BatchScript, code: int
+) -> None:
+    batch = batch_script(f"exit {int(code)}")
+    try:
+        assert batch.wait(20) == code
+    finally:
+        batch.kill()
+    assert not (tmp_path / "asked").exists()
