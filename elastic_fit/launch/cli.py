@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The first argument is a subcommand, or else all of them belong to ``run``. Each command is a module of
     `elastic_fit.launch.commands` with ``main(argv, console) -> int``, imported when it is asked for.
     """
+    _open_what_is_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     try:
@@ -43,6 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_bug(console)
     finally:
         console.settle()
+
+
+def _open_what_is_closed() -> None:
+    """Of stdin, stdout and stderr: the null device takes its place, before any file of ours or a worker's gets it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: that one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - as long as the process lives
 
 
 def _report_bug(console: Console) -> int:

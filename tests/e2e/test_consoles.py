@@ -83,3 +83,14 @@ def test_data_that_cant_be_written_is_no_success() -> None:
 
 def test_reader_who_leaves_early_is_no_failure() -> None:
     assert command("--help", redirect="| true").stderr == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_workers_start_also_where_standard_streams_are_closed(tmp_path: Path, closed: str) -> None:
+    """As cron-like starters, and daemons by hand, leave them."""
+    script = tmp_path / "say.sh"
+    script.write_text("echo out && echo err >&2\n")
+    argv = ("--run-dir", f"{tmp_path}/run", "--no-warm", "--no-python", "sh", str(script))
+    assert command(*argv, redirect=closed).returncode == 0
+    logs = {path.name: path.read_text() for path in tmp_path.glob("run/logs/*/rank0.*")}
+    assert logs == {"rank0.out": "out\n", "rank0.err": "err\n"}
