@@ -23,7 +23,7 @@ from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.replicas import Replicas, agree
 from elastic_fit.callbacks.resume import approved, choose, sweep
 from elastic_fit.callbacks.seal import Purpose, Seals
-from elastic_fit.callbacks.stop import Stopper
+from elastic_fit.callbacks.stop import Stopper, saver_of
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.store import CheckpointStore, LastN, is_remote, open_store, surplus
 
@@ -43,7 +43,8 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     Args:
         resume: ``"auto"`` goes on from the newest valid checkpoint of `dirpath`, a path from that one, None from
-            what ``fit(ckpt_path=...)`` says. For use without the launcher, which decides by itself.
+            what ``fit(ckpt_path=...)`` says. For use without the launcher, which decides by itself once the run has
+            a checkpoint of its own.
         emergency: save what is whole when a rank fails or a signal asks to stop.
         keep: how many of the saves that no metric ranks stay.
         finite_check: look for NaN and Inf before each save; what holds them is kept and never resumed from.
@@ -128,6 +129,11 @@ class ElasticCheckpoint(ModelCheckpoint):
         """Whether there is a folder to save to."""
         return self.dirpath is not None
 
+    @property
+    def precedence(self) -> int:
+        """Of several in one trainer, the highest saves at a stop: from what it saves the next start goes on."""
+        return int(self.resume is not None)
+
     # setting up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -136,7 +142,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         is_fit = stage == "fit" and self.dirpath is not None
         path = self._open(trainer) if is_fit else None
         # Lightning goes through its list of callbacks while we add to it: they are set up right after us.
-        if is_fit and self.exact:
+        if is_fit and self.exact and self._is_for_next_start(trainer):
             _lightning.callbacks_in(trainer).extend(self._companions(trainer, is_resumed=path is not None))
         if self.emergency:
             self._add_guards(trainer)
@@ -163,6 +169,9 @@ class ElasticCheckpoint(ModelCheckpoint):
         if self._is_to_sweep(trainer):
             with self._seals.telling():  # the other ranks wait for what this one chooses
                 sweep(self._store)
+        worker = session.current()
+        if worker is not None and worker.context.resume_point(worker.fits):
+            return None  # the run has a checkpoint of its own
         return choose(self.resume, self.dirpath, trainer)
 
     def _is_to_sweep(self, trainer: pl.Trainer) -> bool:
@@ -173,6 +182,10 @@ class ElasticCheckpoint(ModelCheckpoint):
         if is_remote(str(self.dirpath)):
             return trainer.is_global_zero
         return session.current() is None and trainer.local_rank == 0
+
+    def _is_for_next_start(self, trainer: pl.Trainer) -> bool:
+        """Whether what this one saves may be gone on from: under the launcher that is the run's own alone."""
+        return session.current() is None or saver_of(trainer) is self
 
     @staticmethod
     def _add_guards(trainer: pl.Trainer) -> None:
@@ -198,7 +211,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._begin(trainer)
         self._cadence.start(trainer.global_step, self._every_n_train_steps)
-        if self.emergency and self.is_active:
+        if self.emergency and self.is_active and self._is_for_next_start(trainer):
             self._replicas = agree(trainer)
             guard = StepGuard.of(trainer)
             if guard.gate is None or guard.gate.is_closed:
@@ -357,7 +370,8 @@ class ElasticCheckpoint(ModelCheckpoint):
         """This rank leaves because something failed, here or on another rank: save what is whole."""
         is_alone = session.current() is None and trainer.world_size == 1  # nobody survives anybody
         is_told = isinstance(exception, SystemExit)
-        if self._is_off(trainer) or not self.emergency or is_alone or is_told or not self.is_active:
+        is_ours = self.emergency and self.is_active and self._is_for_next_start(trainer)
+        if self._is_off(trainer) or is_alone or is_told or not is_ours:
             super().on_exception(trainer, pl_module, exception)
             return
         self._rescue(trainer, exception)

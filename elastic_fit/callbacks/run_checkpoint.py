@@ -98,15 +98,22 @@ class RunCheckpoint(ElasticCheckpoint):
         """Whether this is a training of the run's, and no search or rehearsal."""
         return self._active
 
+    @property
+    def precedence(self) -> int:
+        """Before any of the script's own."""
+        return 2
+
     def _companions(self, trainer: pl.Trainer, *, is_resumed: bool) -> list[pl.Callback]:
         settings = self._worker.context.settings
+        own = [one for one in _lightning.callbacks_of(trainer) if isinstance(one, ElasticCheckpoint)]
+        asked = [one.global_batch_size for one in own if one.global_batch_size]
         found = companions(
             trainer,
             Path(str(self.dirpath)),
             self._pinned,
             strict=settings.strict_data,
             reproducible=settings.reproducible,
-            global_batch=settings.global_batch_size,
+            global_batch=settings.global_batch_size or next(iter(asked), None),
         )
         if settings.trace_steps:
             found.append(StepTrace(Ledger(self._worker.folder.trace), self._worker.fits))

@@ -151,7 +151,8 @@ class Seals:
         self.last_failure = None
         seconds = time.monotonic() - began
         if worker is not None:
-            worker.board[Word.SAVED_STEP] = facts.step
+            if Path(store.root) == worker.folder.fit(worker.fits):
+                worker.board[Word.SAVED_STEP] = facts.step
             if self._trainer.is_global_zero:
                 worker.ledger.write(
                     "save",

@@ -198,7 +198,7 @@ class Stopper(Checkpoint):
 
     def _save_and_tell(self, trainer: pl.Trainer, *, late: bool) -> int:
         """All ranks are here. Save if rank 0 says so; returns the exit code, the same on all ranks."""
-        checkpoint = _checkpoint_of(trainer)
+        checkpoint = saver_of(trainer)
         choice = _from_rank_0(trainer, "choice", lambda: self._choose(trainer, checkpoint, late), self._left_s())
         if choice["save"] and checkpoint is not None:
             checkpoint.save_now(trainer, "stop")
@@ -263,12 +263,13 @@ class Stopper(Checkpoint):
         return max(saves[-MEASURED_SAVES:], default=None)
 
 
-def _checkpoint_of(trainer: pl.Trainer) -> ElasticCheckpoint | None:
-    """What saves: the callback that has a folder to save to."""
+def saver_of(trainer: pl.Trainer) -> ElasticCheckpoint | None:
+    """Which callback saves for the next start: of several the one whose folder that start goes on from."""
     from elastic_fit.callbacks.checkpoint import ElasticCheckpoint
 
     found = [one for one in _lightning.callbacks_of(trainer) if isinstance(one, ElasticCheckpoint)]
-    return next((one for one in found if one.is_active), None)
+    saver = max(found, key=lambda one: one.precedence, default=None)
+    return saver if saver is not None and saver.is_active else None
 
 
 def _from_rank_0(trainer: pl.Trainer, name: str, make: Any, left_s: float | None) -> dict[str, Any]:
