@@ -168,14 +168,17 @@ def _keeper(parameters: RendezvousParameters, console: Console) -> Keeper:
     bounds = bounds_of(parameters.min_nodes, parameters.max_nodes, config)
     arbiter = FolderArbiter(Path(parameters.endpoint).absolute() / "membership")
     arbiter.check()
-    job = f"torchrun {parameters.run_id}"
     return open_keeper(
-        job,
         bounds,
         arbiter,
         name=socket.gethostname(),
         address=parameters.local_addr or own_address(console.line),
         port=int(config.get("port", 0)),
         workers=1,  # how many there are is between torchrun's agents
-        traits={**software(), "run": job, "nodes": f"{bounds.least}:{bounds.most}"},
+        traits={
+            **software(),
+            "launcher": "torchrun",
+            "id": parameters.run_id,
+            "nodes": f"{bounds.least}:{bounds.most}",
+        },
     )

@@ -19,8 +19,8 @@ from elastic_fit.supervisor.roster import Phase, Roster
 
 LOOK_S = 0.5
 """Pause between two looks for the job."""
-ADOPTED = ("job", "start", "nodes")
-"""What a guest takes over from the job: the scheduler's name of it, and how many nodes it may have."""
+ADOPTED = ("job", "start", "nodes", "id")
+"""What a guest takes over from the job: the scheduler's name of it, how many nodes it may have, and ``--rdzv-id``."""
 
 
 class NothingToJoin(ElasticFitError):

@@ -319,7 +319,6 @@ class Keeper:
 
 
 def open_keeper(
-    job: str,
     bounds: Bounds,
     arbiter: Arbiter,
     *,
@@ -331,13 +330,13 @@ def open_keeper(
     wish: int | None = None,
     is_guest: bool = False,
 ) -> Keeper:
-    """A keeper for this process, which listens at `port` (0: any) and belongs to `job`; the rest is its `Profile`.
+    """A keeper for this process, which listens at `port` (0: any); the rest is its `Profile`.
 
     Raises PortTaken where it can't listen there.
     """
     listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
     try:
-        links = Links("0.0.0.0", job, clock=lambda: listening.tick(time.monotonic()), port=port)
+        links = Links("0.0.0.0", clock=lambda: listening.tick(time.monotonic()), port=port)
     except OSError as error:
         raise PortTaken.by("port", port, error) from error
     profile = Profile(

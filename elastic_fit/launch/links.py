@@ -3,6 +3,8 @@
 Every message is the whole state of its sender, one JSON line (see `elastic_fit.supervisor.hearing`). A link whose
 process dies is closed by its kernel, which the other end hears at once; dialing it again is then refused, and that is
 how a dead agent differs from a cable that was pulled.
+
+Who dials says whom it means. It knows that from the roster, so both ends agree in one place: a job needs no name here.
 """
 
 from __future__ import annotations
@@ -61,13 +63,11 @@ class Links:
 
     Args:
         address: the address to listen on.
-        run: the job's id; who says another one is not answered.
         clock: seconds, monotonic.
         port: the port to listen on; 0 is a free one.
     """
 
-    def __init__(self, address: str, run: str, *, clock: Callable[[], float] = time.monotonic, port: int = 0) -> None:
-        self._run = run
+    def __init__(self, address: str, *, clock: Callable[[], float] = time.monotonic, port: int = 0) -> None:
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         _allow_many_connections()
@@ -78,14 +78,14 @@ class Links:
         self.known: dict[str, Contacted] = {}
         self._connections: set[_Connection] = set()
         self._up: dict[str, set[_Connection]] = {}
-        self._greeting = b""
+        self._me: Profile | None = None
         self._state = b""
         self._said = 0
         """Number of the newest message."""
 
     def introduce(self, me: Profile) -> None:
         """Set what is said first on every connection."""
-        self._greeting = _line({"run": self._run, "profile": asdict(me)})
+        self._me = me
 
     def watch(self, file: Any) -> None:
         """Have `poll` return early when `file` is readable; the caller drains it."""
@@ -177,7 +177,12 @@ class Links:
             connection = _Connection(sock, self._clock(), dialed=None)
             self._connections.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, connection)
-            self._send(connection, self._greeting + self._state)
+            self._send(connection, self._greeting(connection) + self._state)
+
+    def _greeting(self, connection: _Connection) -> bytes:
+        assert self._me is not None
+        meant = {"to": connection.dialed} if connection.dialed is not None else {}
+        return _line({"profile": asdict(self._me), **meant})
 
     def _serve(self, connection: _Connection, mask: int) -> bool:
         if not connection.standing:
@@ -199,7 +204,7 @@ class Links:
             return True
         connection.standing = True
         self._selector.modify(connection.sock, selectors.EVENT_READ, connection)
-        self._send(connection, self._greeting + self._state)
+        self._send(connection, self._greeting(connection) + self._state)
         return False
 
     def _send(self, connection: _Connection, data: bytes) -> None:
@@ -255,7 +260,11 @@ class Links:
 
     def _greet(self, connection: _Connection, message: dict[str, Any], now: float) -> None:
         profile = Profile.parse(message["profile"])
-        if message["run"] != self._run or connection.dialed not in (None, profile.node):
+        if connection.dialed is None:
+            is_meant = self._me is not None and message["to"] == self._me.node
+        else:
+            is_meant = profile.node == connection.dialed
+        if not is_meant:
             # Somebody else listens where the peer did: the peer is gone.
             if connection.dialed in self.known:
                 self.known[connection.dialed].refused = True

@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 BOUND_OF = {"silence": "silence_s", "outage": "outage_s", "last_call_timeout": "gather_s", "join_timeout": "patience_s"}
 """What of ``--rdzv-conf`` sets which limit, in seconds."""
 
+NO_ID = "none"
+"""What ``--rdzv-id`` is where it isn't given."""
+
 
 def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> Status:
     """Run this node's part of the job and return the command's exit status, the same on all nodes.
@@ -98,7 +101,7 @@ def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
     """What the job in this folder has agreed on last, if there ever was one. Raises ArbiterLost."""
     if not folder.is_run():
         return None
-    name = run_name(invocation, folder.read_identity())
+    name = run_name(rdzv_id(invocation), folder.read_identity())
     found = arbiter_of(invocation, folder, name).read()
     return Roster.parse(found[1]) if found is not None else None
 
@@ -111,14 +114,18 @@ def _has_begun(folder: RunDir, invocation: Invocation) -> bool:
         return False
     if invocation.job is not None and has_begun(read(folder.events), invocation.job.job_id):
         return True
-    name = run_name(invocation, folder.read_identity())
+    name = run_name(rdzv_id(invocation), folder.read_identity())
     return is_going_on(arbiter_of(invocation, folder, name))
 
 
-def run_name(invocation: Invocation, identity: Identity) -> str:
-    """What the job is called among its nodes: ``--rdzv-id``, else the run's own id."""
-    given = invocation.torchrun.rdzv_id
-    return str(given) if given not in ("none", "") else identity.run_id
+def rdzv_id(invocation: Invocation) -> str:
+    """``--rdzv-id``, as all nodes of the job have to give it."""
+    return str(invocation.torchrun.rdzv_id) or NO_ID
+
+
+def run_name(given: str, identity: Identity) -> str:
+    """What the job is called, in etcd and to its workers: the ``--rdzv-id`` that was given, else the run's own id."""
+    return given if given != NO_ID else identity.run_id
 
 
 def arbiter_of(invocation: Invocation, folder: RunDir, name: str) -> Arbiter:
@@ -173,7 +180,7 @@ class _Node:
             ledger = ledger.bind(guest=True)
         args, where = self.invocation.torchrun, {}
         if args.rdzv_backend in ETCD_BACKENDS:  # who looks at the folder later can ask there whether the job goes on
-            where = {"etcd": args.rdzv_endpoint, "job": run_name(self.invocation, self.identity)}
+            where = {"etcd": args.rdzv_endpoint, "job": run_name(rdzv_id(self.invocation), self.identity)}
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd(), **where)
         self.nursery.preload(self.invocation.preload)
         self._start = job_start(self.invocation, self.folder, ledger, self.console)
@@ -207,16 +214,15 @@ class _Node:
         from elastic_fit.launch.membership import ElasticRendezvous
 
         args = self.invocation.torchrun
-        name = run_name(self.invocation, self.identity)
         self._address = args.local_addr or own_address(self.console.line)
         own_traits = traits(self.invocation, self.identity)
         if self.guest_of is not None:
             own_traits = adopt(own_traits, self.guest_of)
+        name = run_name(own_traits["id"], self.identity)
         bounds = _bounds(self.invocation, own_traits["nodes"])
         arbiter = arbiter_of(self.invocation, self.folder, name)
         arbiter.check()
         keeper = open_keeper(
-            name,
             bounds,
             arbiter,
             name=(self.invocation.job.node if self.invocation.job else "") or socket.gethostname(),
@@ -336,7 +342,9 @@ def traits(invocation: Invocation, identity: Identity) -> dict[str, str]:
         **software(),
         "script": digest,
         "run": identity.run_id,
+        "launcher": "elastic-fit",
         "nodes": f"{bounds.least}:{bounds.most}",
+        "id": rdzv_id(invocation),
         **(invocation.job.traits if invocation.job is not None else {}),
     }
 

@@ -172,9 +172,11 @@ TRAIT_NAMES = {
     "python": "python",
     "script": "script (digest)",
     "run": "run folder (id)",
+    "launcher": "launcher",
     "job": "SLURM job",
     "start": "start of the job",
     "nodes": "--nnodes",
+    "id": "--rdzv-id",
 }
 """How each trait is called when a node is refused over it."""
 

@@ -16,6 +16,7 @@ from elastic_fit.supervisor.roster import Profile
 from elastic_fit.supervisor.view import Bounds, is_gone
 from tests.nodes.cluster import wait_until
 
+ME = Profile(node="h1-1", name="h1", address="127.0.0.1", port=1, workers=1)
 PEER = Profile(node="h2-1", name="h2", address="127.0.0.1", port=1, workers=1)
 
 
@@ -34,7 +35,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 def links(clock: Clock) -> Iterator[Links]:
-    made = Links("127.0.0.1", "run", clock=clock)
+    made = Links("127.0.0.1", clock=clock)
+    made.introduce(ME)
     yield made
     made.close()
 
@@ -42,10 +44,10 @@ def links(clock: Clock) -> Iterator[Links]:
 class Connection:
     """A connection that the peer has made."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, meant: str = ME.node) -> None:
         self._links = links
         self._socket = socket.create_connection(("127.0.0.1", links.port))
-        self.say({"run": "run", "profile": asdict(PEER)})
+        self.say({"to": meant, "profile": asdict(PEER)})
 
     def say(self, message: dict[str, Any]) -> None:
         """It has arrived when this returns."""
@@ -90,3 +92,8 @@ def test_peer_that_does_not_hear_us_counts_as_silent_for_as_long_as_it_says(link
     assert is_gone(known(links).as_peer("h1-1", clock.now_s, up=True), Bounds(least=1, most=2))
     connection.state(2)
     assert known(links).as_peer("h1-1", clock.now_s, up=True).quiet_s == 0
+
+
+def test_who_means_a_node_that_listened_on_this_port_before_is_no_peer(links: Links) -> None:
+    Connection(links, meant="h0-1")
+    assert links.known == {}

@@ -82,7 +82,7 @@ class Node:
 
     def __init__(self, arbiter: Arbiter, name: str, lost: Lost) -> None:
         listening = ListeningClock(longest_gap_s=LONGEST_GAP_S)
-        links = Links("127.0.0.1", "run", clock=lambda: listening.tick(time.monotonic()))
+        links = Links("127.0.0.1", clock=lambda: listening.tick(time.monotonic()))
         self.proxy = Proxy(name, links.port, lost)
         profile = Profile(node=name, name=name, address="127.0.0.1", port=links.port, workers=1)
         keeper = Keeper(replace(profile, port=self.proxy.port), BOUNDS, arbiter, links, listening=listening)

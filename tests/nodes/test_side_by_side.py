@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from elastic_fit.supervisor.ledger import Event, read
-from tests.nodes.cluster import wait_until
-from tests.nodes.test_one_node import start
+from tests.nodes.cluster import FIT, wait_until
+from tests.nodes.test_one_node import COMMAND, start
 
 
 class Nodes:
@@ -25,6 +25,17 @@ class Nodes:
 
     def start(self, nodes: str, *flags: str) -> subprocess.Popen[str]:
         job = start(self.folder, nodes, 100_000, *flags)
+        self.jobs.append(job)
+        return job
+
+    def join(self) -> subprocess.Popen[str]:
+        """A guest, who is told the run folder alone."""
+        job = subprocess.Popen(
+            [COMMAND, "--join", str(self.folder / "run"), str(FIT), str(self.folder), "100000", "0.01"],
+            cwd=self.folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.jobs.append(job)
         return job
 
@@ -122,3 +133,29 @@ def test_what_a_newcomer_was_asked_to_go_on_from_is_nothing_to_the_job_even_wher
     steps = [event["step"] for event in nodes.noted("resume")]
     assert steps == sorted(steps), "the job never goes back"
     assert nodes.noted("resume_from") == []
+
+
+@pytest.mark.slow
+def test_node_with_another_rdzv_id_is_refused_by_name_and_stops_nobody(nodes: Nodes) -> None:
+    first = nodes.start("1:2", "--rdzv-id", "123")
+    nodes.wait_until(lambda: nodes.train(2))
+    other = nodes.start("1:2", "--rdzv-id", "456")
+    _, text = other.communicate(timeout=60)
+    assert other.returncode == 1, text
+    assert "it has --rdzv-id 456, the job has 123" in text
+    first.terminate()
+    _, text = first.communicate(timeout=60)
+    assert first.returncode == 75, text
+    assert len(nodes.noted("rendezvous")) == 1
+
+
+@pytest.mark.slow
+def test_guest_takes_the_rdzv_id_from_the_job(nodes: Nodes) -> None:
+    first = nodes.start("1:2", "--rdzv-id", "123")
+    nodes.wait_until(lambda: nodes.train(2))
+    guest = nodes.join()
+    nodes.wait_until(lambda: nodes.train(3))
+    first.terminate()
+    told = [one.communicate(timeout=60)[1] for one in (first, guest)]
+    assert [first.returncode, guest.returncode] == [75, 75], told
+    assert {one["attempt"] for one in nodes.noted("rendezvous")} == {0, 1}, "one change, which took the guest in"

@@ -140,6 +140,18 @@ def test_node_that_was_started_with_other_numbers_is_refused_by_name(agents: Age
     assert "Traceback" not in agents.said(other)
 
 
+@pytest.mark.slow
+def test_two_jobs_in_one_folder_do_not_fight_over_it(agents: Agents) -> None:
+    agents.start("--rdzv-id", "123")
+    agents.wait_until(lambda: agents.train(1))
+    other = agents.start("--rdzv-id", "456")
+    assert other.wait(60) == 1
+    assert "it has --rdzv-id 456, the job has 123" in agents.said(other)
+    refused = time.time()
+    agents.wait_until(lambda: agents.train(1, after=refused))
+    assert len({one["port"] for one in agents.steps()}) == 1, "nobody has stopped the first one"
+
+
 def on(hosts: Cluster, host: str, script: Path = TRAIN, **environment: str) -> Launched:
     where = ("--rdzv-endpoint", str(hosts.folder / "meet"), "--nnodes", "1:4")
     arguments = (str(script), str(hosts.folder), LAST, "0.05")
