@@ -50,10 +50,16 @@ def main(kind: str, target: str, args: list[str]) -> int:
     faulthandler.register(signal.SIGQUIT, all_threads=True)  # by which the agent asks for the stacks
     board.enter(Phase.SCRIPT)
     status = _guarded(kind, target, args, board)
-    board.enter(Phase.DONE)
+    if _is_worker(board):
+        board.enter(Phase.DONE)
     if status != 0:
         _leave(status)
     return status
+
+
+def _is_worker(board: Board) -> bool:
+    """Whether this still is the worker, and no child that the script has forked and let run to an end of its own."""
+    return board[Word.PID] == os.getpid()
 
 
 def _show_in_ps(target: str) -> None:
@@ -112,27 +118,36 @@ def _status_of(end: SystemExit, board: Board) -> int:
         if end.code not in (Status.FINISHED, Status.SAVED, Status.TERMINATED):
             _write_error_file(end, f"SystemExit: {end.code}", "", board)
         return end.code & 0xFF
-    sys.stderr.write(f"{end.code}\n")
     _write_error_file(end, f"SystemExit: {end.code}", "", board)
+    _say(f"{end.code}\n")
     return 1
 
 
 def _report(error: BaseException, board: Board) -> None:
-    """Print the traceback without our own frames and leave it for the agent."""
+    """Leave the traceback, without our own frames, for the agent, and print it."""
     own = (__file__, runpy.run_module.__code__.co_filename)
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename in own:
         trace = trace.tb_next
     linecache.checkcache()
     text = "".join(traceback.format_exception(type(error), error, trace))
-    sys.stderr.write(text)
-    sys.stderr.flush()
     _write_error_file(error, f"{type(error).__name__}: {error}", text, board)
+    _say(text)
+
+
+def _say(text: str) -> None:
+    """On stderr; on what it was at the start, where the script has closed it or has put there what fails."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except Exception:  # noqa: BLE001 - the script's own object may raise anything
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode(errors="backslashreplace"))
 
 
 def _write_error_file(error: BaseException, message: str, text: str, board: Board) -> None:
     path = os.environ.get(ERROR_FILE_VARIABLE)
-    if not path:
+    if not path or not _is_worker(board):
         return
     now = time.time()
     record = {
@@ -149,7 +164,7 @@ def _write_error_file(error: BaseException, message: str, text: str, board: Boar
     try:
         Path(path).write_text(json.dumps(record))
     except OSError as failure:
-        sys.stderr.write(f"elastic-fit: can't write {path}: {failure.strerror}\n")
+        _say(f"elastic-fit: can't write {path}: {failure.strerror}\n")
 
 
 if __name__ == "__main__":
