@@ -20,7 +20,7 @@ from elastic_fit.launch.arbiter import ArbiterLost, FolderArbiter
 from elastic_fit.launch.checks import rendezvous_config
 from elastic_fit.launch.keeper import Keeper, open_keeper
 from elastic_fit.launch.membership import ANSWER_S, MEETING_S, Change, ElasticRendezvous, JobClosed, Report
-from elastic_fit.launch.names import own_address
+from elastic_fit.launch.names import address_of
 from elastic_fit.launch.nodes import bounds_of, software
 from elastic_fit.launch.render import Console
 from elastic_fit.launch.waits import Waits
@@ -172,7 +172,7 @@ def _keeper(parameters: RendezvousParameters, console: Console) -> Keeper:
         bounds,
         arbiter,
         name=socket.gethostname(),
-        address=parameters.local_addr or own_address(console.line),
+        address=address_of(parameters.local_addr, console.line),
         port=int(config.get("port", 0)),
         workers=1,  # how many there are is between torchrun's agents
         traits={

@@ -118,16 +118,12 @@ class Links:
                 return
             self._drop(peer.dialing)
         peer.dialed_s = now
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = _Connection(sock, now, dialed=node)
-        number = sock.connect_ex((peer.profile.address, peer.profile.port))
-        if number not in (0, errno.EINPROGRESS):
-            peer.refused = number == errno.ECONNREFUSED
-            sock.close()
+        try:
+            sock = _begin_to_connect(peer.profile.address, peer.profile.port)
+        except OSError as error:  # that address makes no sense here, or this host can't: it is not reached
+            peer.refused = isinstance(error, ConnectionRefusedError)
             return
-        peer.dialing = connection
+        peer.dialing = connection = _Connection(sock, now, dialed=node)
         self._connections.add(connection)
         self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
 
@@ -305,6 +301,20 @@ def _allow_many_connections() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _begin_to_connect(address: str, port: int) -> socket.socket:
+    """A connection that is about to come about. Raises OSError where it is clear already that it won't."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect((address, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import psutil
 
+from elastic_fit.supervisor.errors import UsageError
+
 PATIENCE_S = 2.0
 """How long a name server may take to answer."""
 
@@ -51,6 +53,22 @@ def full_name() -> str:
     """This host's name as others know it, as far as it can be found out. Looked up once."""
     name = socket.gethostname()
     return look_up(name, resolve=socket.getfqdn) or name
+
+
+def address_of(given: str | None, tell: Callable[[str], None]) -> str:
+    """Where others are to reach this host: as `given` (``--local-addr``), else `own_address`.
+
+    Raises UsageError where what is given is nothing that another agent can dial.
+    """
+    if not given:
+        return own_address(tell)
+    address = look_up(given)
+    if address is None or address == "0.0.0.0":
+        raise UsageError(
+            f"--local-addr {given} is no IPv4 address, and no name of one, at which other nodes reach this host",
+            hint="ip -4 addr shows which ones it has; left out, the host's name is looked up",
+        )
+    return address
 
 
 def own_address(tell: Callable[[str], None]) -> str:

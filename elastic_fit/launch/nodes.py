@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.closing import close, tally
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
-from elastic_fit.launch.names import interface_of, is_free, is_here, look_up, own_address
+from elastic_fit.launch.names import address_of, interface_of, is_free, is_here, look_up
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.launch.waits import Waits
@@ -62,19 +62,20 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
 
     Raises the ElasticFitError family for what a person can mend.
     """
+    address = address_of(invocation.torchrun.local_addr, console.line)
     folder = RunDir(invocation.run_dir.resolve())
     if invocation.is_guest:
         found = _find_job(folder, invocation, console)
         if isinstance(found, Status):
             return found
         identity = folder.create(command=sys.argv)
-        return _Node(invocation, console, nursery, folder, identity, guest_of=found).run()
+        return _Node(invocation, console, nursery, folder, identity, address, guest_of=found).run()
     if invocation.fresh and not _has_begun(folder, invocation):
         console.set_aside(set_aside(folder))
     job = invocation.job
     identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
     make_generations(folder.generations)
-    return _Node(invocation, console, nursery, folder, identity).run()
+    return _Node(invocation, console, nursery, folder, identity, address).run()
 
 
 def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> Roster | Status:
@@ -166,10 +167,10 @@ class _Node:
     nursery: Nursery
     folder: RunDir
     identity: Identity
+    address: str
+    """Where others reach this node."""
     guest_of: Roster | None = None
     """The job that others have begun, where this node is a guest in it."""
-    _address: str = ""
-    """Where others reach this node."""
     _start: JobStart | None = None
 
     def run(self) -> Status:
@@ -214,7 +215,6 @@ class _Node:
         from elastic_fit.launch.membership import ElasticRendezvous
 
         args = self.invocation.torchrun
-        self._address = args.local_addr or own_address(self.console.line)
         own_traits = traits(self.invocation, self.identity)
         if self.guest_of is not None:
             own_traits = adopt(own_traits, self.guest_of)
@@ -226,7 +226,7 @@ class _Node:
             bounds,
             arbiter,
             name=(self.invocation.job.node if self.invocation.job else "") or socket.gethostname(),
-            address=self._address,
+            address=self.address,
             port=self._port(own_traits, arbiter),
             workers=determine_local_world_size(args.nproc_per_node),
             traits=own_traits,
@@ -302,7 +302,7 @@ class _Node:
         """A planner for whatever generation the current round has."""
         from elastic_fit.launch.planner import Planner
 
-        interface = interface_of(self._address)
+        interface = interface_of(self.address)
         begun: list[int] = []
 
         def plan(

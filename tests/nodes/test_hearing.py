@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -92,6 +92,14 @@ def test_peer_that_does_not_hear_us_counts_as_silent_for_as_long_as_it_says(link
     assert is_gone(known(links).as_peer("h1-1", clock.now_s, up=True), Bounds(least=1, most=2))
     connection.state(2)
     assert known(links).as_peer("h1-1", clock.now_s, up=True).quiet_s == 0
+
+
+@pytest.mark.parametrize("address", ["::1", "no-such-host.invalid", "0.0.0.256"])
+def test_peer_whose_address_makes_no_sense_here_is_not_reached_and_that_is_all(links: Links, address: str) -> None:
+    links.want([replace(PEER, address=address)])
+    peer = known(links)
+    assert not peer.refused, "nobody has said that it is dead"
+    assert not links.is_up(PEER.node)
 
 
 def test_who_means_a_node_that_listened_on_this_port_before_is_no_peer(links: Links) -> None:

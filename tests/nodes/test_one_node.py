@@ -141,3 +141,14 @@ def test_port_that_somebody_else_has_is_named_and_is_no_bug_of_ours(
         assert f"port {port} can't be listened on here: " in outcome.said
         assert "already in use" in outcome.said
     assert launched("--nnodes", nodes, flag.format(port), str(tmp_path / "train.py")).code == 0
+
+
+@pytest.mark.parametrize("address", ["::1", "no-such-host.invalid", "0.0.0.0"])
+def test_address_that_no_other_node_could_dial_is_refused_before_anything_is_made(
+    launched: Launched, tmp_path: Path, address: str
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    outcome = launched("--nnodes", "1:2", "--local-addr", address, str(tmp_path / "train.py"))
+    assert outcome.code == 2
+    assert f"--local-addr {address} is no IPv4 address" in outcome.said
+    assert not outcome.run.exists()

@@ -128,6 +128,9 @@ def test_what_a_person_can_mend_is_a_line_of_torchruns_output_and_no_traceback(t
     status, text = told("--rdzv-endpoint", str(tmp_path), "--rdzv-conf", "silence=soon")
     assert status == 2
     assert "silence=soon is not a number" in text
+    status, text = told("--rdzv-endpoint", str(tmp_path), "--local-addr", "::1")
+    assert status == 2
+    assert "--local-addr ::1 is no IPv4 address" in text
 
 
 @pytest.mark.slow
