@@ -46,6 +46,11 @@ class Desk:
         """By when all must have ended, CLOCK_MONOTONIC; 0 where there is no deadline."""
         return self.board[Word.STOP_DEADLINE_NS]
 
+    @property
+    def has_been_late(self) -> bool:
+        """Whether this rank takes part in the agreement on a boundary that is no optimizer step."""
+        return LATE_KEY in self._agreements
+
     def next_round(self) -> None:
         """The next boundary of those that all ranks count."""
         self._round += 1
@@ -62,7 +67,8 @@ class Desk:
             trainer: the one whose boundary this is.
             late: this is not an optimizer step, but there is no time left to wait for one. That is a second agreement,
                 which counts the batches within an accumulation as well. Each of the two is sound by itself: its place
-                is known to all before anybody leaves it. So all stop at the one that comes first.
+                is known to all before anybody leaves it, as long as whoever takes part asks at every boundary that it
+                counts. So all stop at the one that comes first.
         """
         store = _lightning.job_store()
         if trainer.world_size == 1 or store is None:

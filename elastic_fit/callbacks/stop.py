@@ -25,6 +25,7 @@ import json
 import logging
 import signal
 import time
+from collections import deque
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ log = logging.getLogger("elastic_fit")
 
 MEASURED_SAVES = 5
 """How many of the last saves a prediction looks at: the slowest of them counts."""
+MEASURED_BATCHES = 3
+"""How many of the last batches of an accumulation a guess at its end looks at: the slowest of them counts."""
 LONGEST_WAIT = timedelta(hours=1)
 """For rank 0's word where the stop has no deadline."""
 
@@ -66,7 +69,7 @@ class Stopper(Checkpoint):
 
     def __init__(self) -> None:
         self._desk = desks.current()
-        self._batch_s = 0.0
+        self._batches_s: deque[float] = deque(maxlen=MEASURED_BATCHES)
         self._began_s = 0.0
 
     @property
@@ -187,14 +190,20 @@ class Stopper(Checkpoint):
         if self._desk.mode is StopMode.RESCUE:
             self._stop(trainer)
         now = time.monotonic()
-        took, self._began_s = (now - self._began_s if self._began_s else 0.0), now
-        self._batch_s = max(self._batch_s, took)
+        if self._began_s:
+            self._batches_s.append(now - self._began_s)
+        self._began_s = now
+        # Whoever has been late once goes on asking: to leave a boundary unasked is to pass the place that others seal.
+        if self._desk.has_been_late or self._is_late(trainer):
+            self._stop(trainer, late=True)
+
+    def _is_late(self, trainer: pl.Trainer) -> bool:
         left_s = self._left_s()
         if left_s is None:
-            return
+            return False
         save_s = self._predicted_s() or 0.0
-        if left_s < save_s * SLACK + LEAST_MARGIN_S + self._batch_s * _lightning.batches_to_boundary(trainer):
-            self._stop(trainer, late=True)
+        batch_s = max(self._batches_s, default=0.0)
+        return left_s < save_s * SLACK + LEAST_MARGIN_S + batch_s * _lightning.batches_to_boundary(trainer)
 
     def _save_and_tell(self, trainer: pl.Trainer, *, late: bool) -> int:
         """All ranks are here. Save if rank 0 says so; returns the exit code, the same on all ranks."""

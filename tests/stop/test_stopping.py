@@ -244,6 +244,32 @@ trainer(AtBatch('on_train_batch_end', 51, to_launcher()), accumulate_grad_batche
     assert first.steps() == [1]
 
 
+def test_a_rank_that_was_late_and_no_longer_is_does_not_pass_the_place_where_the_others_stop(elastic: Elastic) -> None:
+    body = """
+def is_there():
+    return (HERE / "fifteenth").exists()
+
+class Uneven(Model):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 21 and RANK == 1:
+            time.sleep(1.0)  # nineteen of these would outlast the grace; the next ones are quick
+        if batch_idx == 34 and RANK == 1:
+            (HERE / "fifteenth").touch()
+        if batch_idx == 21 and RANK == 0:
+            while not is_there():
+                time.sleep(0.001)
+            time.sleep(1.0)
+        return super().training_step(batch, batch_idx)
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(400, 4)), batch_size=2)
+trainer(AtBatch('on_train_batch_end', 20, told(to_launcher()), rank=None), accumulate_grad_batches=20).fit(Uneven())
+"""
+    first = elastic(TELL + body, "--grace", "12s")
+    assert first.code == 75, first.said
+    assert first.events("stragglers") == []
+    assert grace_taken_s(first) < 10
+
+
 def test_no_save_is_started_that_cannot_end_in_time(elastic: Elastic) -> None:
     body = """
 import time
