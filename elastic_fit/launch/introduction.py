@@ -60,11 +60,17 @@ def is_anybody_there(roster: Roster) -> bool:
     return any(found is not None and found.node == one.node for one in known for found in [ask(one.address, one.port)])
 
 
-def is_going_on(arbiter: Arbiter) -> bool:
-    """Whether a job is under way whose nodes agree there. Raises ArbiterLost where that can't be asked."""
+def roster_at_work(arbiter: Arbiter) -> Roster | None:
+    """What the nodes of a job that is under way agree on there; None where there is no such job, or all have died.
+
+    What makes no sense is no job's. Raises ArbiterLost where that can't be asked.
+    """
     found = arbiter.read()
-    roster = Roster.parse(found[1]) if found is not None else None
-    return roster is not None and roster.phase is not Phase.CLOSED and is_anybody_there(roster)
+    try:
+        roster = Roster.parse(found[1]) if found is not None else None
+    except ValueError:
+        return None
+    return roster if roster is not None and roster.phase is not Phase.CLOSED and is_anybody_there(roster) else None
 
 
 def introduce(

@@ -34,6 +34,7 @@ from elastic_fit.supervisor.store.generation import (
     publish_generation,
     set_aside,
 )
+from elastic_fit.supervisor.store.sharing import share
 from elastic_fit.supervisor.view import Bounds
 
 if TYPE_CHECKING:
@@ -64,18 +65,21 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
     """
     address = address_of(invocation.torchrun.local_addr, console.line)
     folder = RunDir(invocation.run_dir.resolve())
+    guest_of, run_id = None, invocation.job.tag if invocation.job is not None else ""
     if invocation.is_guest:
         found = _find_job(folder, invocation, console)
         if isinstance(found, Status):
             return found
-        identity = folder.create(command=sys.argv)
-        return _Node(invocation, console, nursery, folder, identity, address, guest_of=found).run()
-    if invocation.fresh and not _has_begun(folder, invocation):
+        guest_of, run_id = found, ""
+    elif invocation.fresh and not _has_begun(folder, invocation):
         console.set_aside(set_aside(folder))
-    job = invocation.job
-    identity = folder.create(command=sys.argv, run_id=job.tag if job else "")
-    make_generations(folder.generations)
-    return _Node(invocation, console, nursery, folder, identity, address).run()
+    mine = share(folder)  # no supervisor has the run alone meanwhile
+    try:
+        identity = folder.create(command=sys.argv, run_id=run_id)
+        make_generations(folder.generations)
+        return _Node(invocation, console, nursery, folder, identity, address, guest_of=guest_of).run()
+    finally:
+        mine.release()
 
 
 def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> Roster | Status:
@@ -109,14 +113,14 @@ def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
 
 def _has_begun(folder: RunDir, invocation: Invocation) -> bool:
     """Whether this job has begun in the folder: then `--fresh` was the business of its first start's first node."""
-    from elastic_fit.launch.introduction import is_going_on
+    from elastic_fit.launch.introduction import roster_at_work
 
     if not folder.is_run():
         return False
     if invocation.job is not None and has_begun(read(folder.events), invocation.job.job_id):
         return True
     name = run_name(rdzv_id(invocation), folder.read_identity())
-    return is_going_on(arbiter_of(invocation, folder, name))
+    return roster_at_work(arbiter_of(invocation, folder, name)) is not None
 
 
 def rdzv_id(invocation: Invocation) -> str:
@@ -172,6 +176,8 @@ class _Node:
     guest_of: Roster | None = None
     """The job that others have begun, where this node is a guest in it."""
     _start: JobStart | None = None
+    _generation: int = 0
+    """The newest that this node has taken, as a round's leader."""
 
     def run(self) -> Status:
         from elastic_fit.launch.signals import SignalLatch
@@ -233,15 +239,18 @@ class _Node:
             wish=args.node_rank or None,
             is_guest=self.guest_of is not None,
         )
-        me = Holder.this_process()
         return ElasticRendezvous(
             keeper,
             name,
             backend=args.rdzv_backend,
             newest_generation=lambda: newest_generation(self.folder.generations),
-            take_generation=lambda number: publish_generation(self.folder.generations, number, me),
+            take_generation=self._take_generation,
             port=int(args.master_port or 0),
         )
+
+    def _take_generation(self, number: int) -> None:
+        publish_generation(self.folder.generations, number, Holder.this_process())
+        self._generation = number
 
     def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
@@ -273,7 +282,9 @@ class _Node:
         from elastic_fit.supervisor.policy import RestartPolicy
 
         told = Waits(self.console.line)
-        chooser = ResumeChooser(self.folder, ledger, self.invocation, self.console.line)
+        chooser = ResumeChooser(
+            self.folder, ledger, self.invocation, self.console.line, generation=lambda: self._generation
+        )
         effects = Effects(
             nursery=self.nursery,
             latch=latch,

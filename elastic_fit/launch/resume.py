@@ -15,11 +15,12 @@ from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import (
     Checkpoint,
     CheckpointStore,
+    GenerationFence,
     Rejected,
     Selection,
-    newest_generation,
     verify,
 )
+from elastic_fit.supervisor.store.generation import MENDED_BY
 from elastic_fit.supervisor.store.parts import Unfinished, unfinished
 from elastic_fit.supervisor.wish import EVENT, Wish, is_news, settle
 
@@ -37,6 +38,7 @@ class ResumeChooser:
         ledger: gets a ``resume`` event per fit, with every rejected candidate and its reason; None to leave no trace.
         invocation: may name a checkpoint to go on from (``--resume-from``).
         tell: shows a person a line: each checkpoint that is passed over, or taken although it shouldn't be, and why.
+        generation: the fencing number that this supervisor has taken last; not asked where no trace is left.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class ResumeChooser:
         ledger: Ledger | None,
         invocation: Invocation,
         tell: Callable[[str], None] = lambda _: None,
+        *,
+        generation: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._generation = generation
         self._folder = folder
         self._ledger = ledger
         self._invocation = invocation
@@ -75,7 +80,8 @@ class ResumeChooser:
         Args:
             wish: as settled when the run began, by this node or another one.
 
-        Raises NoValidCheckpoint where there are checkpoints and none of them can be used.
+        Raises NoValidCheckpoint where there are checkpoints and none of them can be used, FencedOff where another
+        supervisor has taken the run.
         """
         fits = sorted({*self._fits(), *([1] if wish.path else [])})
         lost = {fit: unfinished(self._folder.fit(fit)) for fit in fits}
@@ -95,12 +101,18 @@ class ResumeChooser:
         return sorted(int(found[1]) for name in names if (found := _FIT.fullmatch(name)))
 
     def _sweep(self, ledger: Ledger) -> None:
-        """Remove what interrupted saves have left: no worker of this run is alive when its resume point is chosen."""
-        generation = newest_generation(self._folder.generations) + 1
-        folders = [self._folder.fit(fit) for fit in self._fits()]
-        swept = [
-            str(folder / name) for folder in folders for name in CheckpointStore(folder, generation=generation).sweep()
-        ]
+        """Remove what interrupted saves have left: no worker of this run is alive when its resume point is chosen.
+
+        Those of a newer generation may be: they are another supervisor's, and so is the run then.
+        """
+        own = self._generation()
+        fence = GenerationFence(self._folder, own)
+        try:
+            fence.check()
+        except OSError as error:
+            raise StorageError(f"can't tell whose the run is: {error.strerror}", hint=MENDED_BY) from error
+        stores = [CheckpointStore(self._folder.fit(fit), fence=fence, generation=own + 1) for fit in self._fits()]
+        swept = [str(store.root / name) for store in stores for name in store.sweep()]
         if swept:
             ledger.write("swept", names=swept)
 

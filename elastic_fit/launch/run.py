@@ -48,6 +48,10 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
         from elastic_fit.launch.nodes import launch_node
 
         return launch_node(invocation, console, nursery)
+    if folder.is_run():
+        from elastic_fit.launch.occupants import keep_out_of_jobs
+
+        keep_out_of_jobs(folder)
     if invocation.fresh:
         console.set_aside(set_aside(folder))
     identity = folder.create(command=sys.argv)
@@ -98,13 +102,16 @@ class _Launch:
         ledger.write("generation", recovered=self.lease.recovered)
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
         with SignalLatch() as latch:
-            chooser = ResumeChooser(self.folder, ledger, self.invocation, self.console.line)
-            wish = chooser.settle(self.lease.generation)
+            generation = self.lease.generation
+            chooser = ResumeChooser(
+                self.folder, ledger, self.invocation, self.console.line, generation=lambda: generation
+            )
+            wish = chooser.settle(generation)
             resume = chooser(wish)
-            planner = Planner(self.invocation, self.folder, self.identity.run_id, self.lease.generation)
+            planner = Planner(self.invocation, self.folder, self.identity.run_id, generation)
             if self.lease.recovered:
                 self.console.line(self.lease.recovered)
-            self.console.start(self.invocation, self.folder, self.lease.generation, resume, planner.logs_root)
+            self.console.start(self.invocation, self.folder, generation, resume, planner.logs_root)
             self.nursery.preload(self.invocation.preload)
             agent = self._agent(ledger, chooser, wish, latch, planner)
             agent.run()

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,23 @@ class RunDir:
         Raises UsageError where it is the wrong folder (not ours to read or write, or no folder), StorageError where
         the disk refuses.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.make()
+        with self._usable():
             if not self.identity.exists():
                 _publish(self.identity, Identity(command=command, run_id=run_id or _new_run_id()))
+            return self.read_identity()
+
+    def make(self) -> None:
+        """Make the folder, which is no run yet. Raises as `create` does."""
+        with self._usable():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable", str(self.root))
-            return self.read_identity()
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             is_wrong_folder = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
             raise (UsageError if is_wrong_folder else StorageError)(

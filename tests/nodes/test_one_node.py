@@ -83,6 +83,20 @@ def test_fresh_starts_over_also_where_the_last_job_was_killed_before_it_could_sa
 
 
 @pytest.mark.slow
+def test_one_node_alone_goes_on_with_a_job_of_several_all_of_which_were_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    job = start(folder, "1:4", 100_000, "--checkpoint-steps", "5")
+    wait_until(lambda: any(event.event == "save" for event in read(folder / "run" / "events.jsonl")), 60)
+    job.kill()
+    job.communicate()
+    (folder / "last-step").write_text("30")
+    alone = start(folder, "1", 100_000)
+    _, text = alone.communicate(timeout=60)
+    assert alone.returncode == 0, text
+    assert "resume   step " in text
+
+
+@pytest.mark.slow
 def test_resume_from_goes_back_once_also_where_the_launcher_was_killed_before_it_could_say_a_word(
     tmp_path: Path,
 ) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ import pytest
 
 from elastic_fit.supervisor.errors import ElasticFitError, FencedOff, RunIsHeld, StorageError
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import CheckpointStore, GenerationFence, Holder, SaveFailed, hold
+from elastic_fit.supervisor.store import CheckpointStore, GenerationFence, Holder, SaveFailed, hold, set_aside, share
 from tests.store.stories import save
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -244,6 +245,32 @@ def test_generations_that_are_gone_let_nobody_commit(run: RunDir) -> None:
     save(store, 20)
     assert [one.manifest.step for one in store.committed()] == [20, 10]
     lease.release()
+
+
+def test_the_nodes_of_a_job_have_the_run_together_and_nobody_has_it_alone_meanwhile(run: RunDir) -> None:
+    """Nor is a supervisor named that had it before them and was killed."""
+    killed = Supervisor()
+    killed.ask("hold", run.root)
+    with pytest.raises(RunIsHeld, match=f"is held by process {killed.process.pid} on "):
+        share(run)
+    killed.kill()
+    nodes = [share(run), share(run)]
+    for node in nodes:
+        for take in (hold, set_aside):
+            with pytest.raises(RunIsHeld, match="is held by others: nodes of a job"):
+                take(run)
+        node.release()
+    hold(run).release()
+
+
+@pytest.mark.system
+def test_where_a_file_system_knows_no_locks_nodes_share_a_run_all_the_same(run: RunDir) -> None:
+    """Lustre, as it is often mounted: what keeps others out there is what the nodes agree on."""
+    script = "from tests.store.test_holding import *; share(RunDir(Path({!r}))).release(); print('shared')"
+    trace = ["strace", "-f", "-qq", "-e", "trace=flock", "-e", "inject=flock:error=ENOSYS"]
+    told = subprocess.run([*trace, sys.executable, "-c", script.format(str(run.root))], capture_output=True, text=True)
+    assert told.stdout == "shared\n", told.stderr
+    assert "INJECTED" in told.stderr
 
 
 def _wait_until_stopped(pid: int) -> None:

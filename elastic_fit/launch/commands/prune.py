@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from elastic_fit.launch.commands.arguments import ArgumentParser
 from elastic_fit.launch.commands.ls import size_text
 from elastic_fit.launch.inventory import is_checkpoint, stores
+from elastic_fit.launch.occupants import keep_out_of_jobs
 from elastic_fit.launch.render import Console
-from elastic_fit.supervisor.errors import RunIsHeld, StorageError, UsageError
-from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.errors import StorageError, UsageError
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import (
     AnyOf,
@@ -159,37 +159,11 @@ def _held(place: str, *, really: bool) -> Iterator[int]:
         yield newest_generation(folder.generations) + 1 if folder is not None else 0
         return
     try:
+        keep_out_of_jobs(folder)
         with kept_out(folder):
-            if _has_nodes(folder):
-                raise RunIsHeld(f"the run {folder.root} is going on")
             yield newest_generation(folder.generations) + 1
-    except RunIsHeld as error:
-        raise RunIsHeld(error.message, hint="--dry-run works; prune when it has ended") from None
-
-
-def _has_nodes(folder: RunDir) -> bool:
-    """Whether a job of several nodes goes on there: its members, and no lock, hold the run.
-
-    Raises StorageError where only an etcd server can tell, and doesn't.
-    """
-    etcd = next((one for one in reversed(read(folder.events)) if one.event == "start" and one.get("etcd")), None)
-    if etcd is None and not folder.membership.is_dir():
-        return False
-    from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
-    from elastic_fit.launch.introduction import is_going_on
-
-    arbiters: list[Arbiter] = [FolderArbiter(folder.membership)] if folder.membership.is_dir() else []
-    if etcd is not None:
-        from elastic_fit.launch.etcd import EtcdArbiter
-
-        arbiters.append(EtcdArbiter.at(str(etcd["etcd"]), str(etcd["job"])))
-    try:
-        return any(is_going_on(arbiter) for arbiter in arbiters)
-    except ArbiterLost as error:
-        raise StorageError(
-            f"can't tell whether the run {folder.root} is going on: {error.message}",
-            hint="--dry-run works; prune when the nodes of the run can be asked again",
-        ) from error
+    except StorageError as error:
+        raise type(error)(error.message, hint="--dry-run works; prune when the run has ended") from None
 
 
 def _run_of(path: Path) -> RunDir | None:

@@ -41,6 +41,7 @@ from elastic_fit.supervisor.store.generation import (
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, FileEntry, Manifest, ManifestError
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.retention import AnyOf, Best, EveryHours, EverySteps, LastN, Retention, line, surplus
+from elastic_fit.supervisor.store.sharing import share
 from elastic_fit.supervisor.store.staging import SaveFailed
 from elastic_fit.supervisor.store.verify import Verdict, verify
 
@@ -81,6 +82,7 @@ __all__ = [
     "newest_generation",
     "open_store",
     "set_aside",
+    "share",
     "surplus",
     "verify",
 ]

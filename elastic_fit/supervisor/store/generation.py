@@ -208,7 +208,7 @@ def hold(folder: RunDir) -> Lease:
     lock = _lock(folder)
     with contextlib.ExitStack() as failing:
         failing.callback(lock.release)
-        before = _read_holder(folder.lock)
+        before = read_holder(folder.lock)
         me = Holder.this_process()
         generation = take_generation(folder.generations, me)
         record = failing.enter_context(folder.lock.open("w"))
@@ -242,14 +242,18 @@ def _lock(folder: RunDir) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = _read_holder(folder.lock)
-        raise RunIsHeld(
-            f"the run {folder.root} is held by {holder or 'another supervisor'}",
-            hint="wait for it to end, or give this run another folder with --run-dir",
-        ) from None
+        raise refusal(folder) from None
     except OSError as error:
         raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
     return lock
+
+
+def refusal(folder: RunDir) -> RunIsHeld:
+    """What whoever finds the run's lock taken is told."""
+    return RunIsHeld(
+        f"the run {folder.root} is held by {read_holder(folder.lock) or 'others: nodes of a job, or a command'}",
+        hint="wait for it to end, or give this run another folder with --run-dir",
+    )
 
 
 def _recovery(before: Holder | None) -> str | None:
@@ -259,7 +263,8 @@ def _recovery(before: Holder | None) -> str | None:
     return f"took over from {before}, {state}"
 
 
-def _read_holder(lock: Path) -> Holder | None:
+def read_holder(lock: Path) -> Holder | None:
+    """Who has a run alone, or had it and never let go; None where it doesn't say."""
     try:
         return Holder(**json.loads(lock.read_text()))
     except (OSError, ValueError, TypeError):

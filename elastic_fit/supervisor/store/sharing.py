@@ -1,0 +1,78 @@
+"""How the nodes of a job hold their run together: each has a share of the lock that a supervisor alone has whole.
+
+As long as one of them lives, nobody takes the run alone, or moves its folder away. That, too, only spares people a
+mistake: where locks lie, or there are none, the generation fences, and the nodes' own roster says whether they live.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store.generation import MENDED_BY, read_holder, refusal
+
+HANDOVER_S = 5.0
+"""How long a lock may be held by somebody who doesn't say who it is: it has it for a moment, or has just got it."""
+PAUSE_S = 0.1
+TAKEN = (errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What `flock` says on file systems that know no locks, such as Lustre as it is often mounted."""
+
+
+@dataclass(slots=True)
+class Share:
+    """A node's share of a run."""
+
+    _descriptor: int | None
+    """The lock's file, open; None on a file system that knows no locks."""
+
+    def release(self) -> None:
+        """Let go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def share(folder: RunDir) -> Share:
+    """Take part in the run of a job of several nodes; its folder is made where it is missing.
+
+    Raises RunIsHeld where a supervisor alone has it, StorageError or UsageError where the folder refuses.
+    """
+    until = time.monotonic() + HANDOVER_S
+    while True:
+        folder.make()
+        try:
+            taken = _try(folder.lock)
+        except FileNotFoundError:
+            continue  # the folder was moved aside meanwhile
+        except OSError as error:
+            raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
+        if taken is not None:
+            return taken
+        if read_holder(folder.lock) is not None or time.monotonic() >= until:
+            raise refusal(folder)
+        time.sleep(PAUSE_S)
+
+
+def _try(lock: Path) -> Share | None:
+    """A share of what is the lock at that path by now; None where somebody has it whole."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            raise FileNotFoundError(errno.ENOENT, "moved aside", str(lock))
+        os.ftruncate(descriptor, 0)  # nobody has it alone: who is named there is gone
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in NO_LOCKS:
+            return Share(None)
+        if error.errno in TAKEN:
+            return None
+        raise
+    return Share(descriptor)
