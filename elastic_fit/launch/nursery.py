@@ -6,12 +6,15 @@ starts a thread and never touches a device, which is what makes its forks safe.
 
 It talks to the agent over one socket of whole messages, JSON each:
 
-    agent -> nursery    spawn (with three descriptors: stdout, stderr, board), signal, preload
+    agent -> nursery    spawn (with four descriptors: stdout, stderr, board, job), signal, preload
     nursery -> agent    ready, spawned, exit, refused
 
 and outlives it only as long as it takes to kill every worker: end of file on the socket means that the agent is gone.
 Workers are session leaders and die with the nursery (PR_SET_PDEATHSIG); what they leave behind is killed with their
 group when they exit, and what left the group is adopted by the nursery (PR_SET_CHILD_SUBREAPER) and swept at the end.
+
+What a worker is to run may be longer than a message: it is a file without a name (memfd), JSON. A worker that gets no
+further than its own code of ours, as where its working directory is gone, is refused: that is no end of the script's.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import gc
 import importlib.util
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -30,10 +34,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_fit.supervisor import watch
+from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.stop import STOP_SIGNALS
 
 MESSAGE_BYTES = 1 << 20
-BOARD_DESCRIPTOR = 150
+BOARD_DESCRIPTOR = min(150, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 64) - 1)
 """Number under which a worker finds its board (``/proc/self/fd/150``); well above what imports leave open."""
 WARM_MODULES = ("torch", "torch.distributed", "lightning.pytorch", "elastic_fit.callbacks.adaptation")
 STORAGE_MODULES = ("s3fs", "gcsfs", "adlfs")
@@ -50,6 +55,8 @@ class Job:
     target: str
     """Path of the script or name of the module."""
     args: list[str]
+    command: list[str]
+    """Where it isn't empty, this program is executed instead."""
 
 
 class Server:
@@ -89,7 +96,7 @@ class Server:
 
     def _receive(self) -> tuple[dict[str, Any] | None, list[int]]:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 3)
+            data, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_BYTES, 4)
         except ConnectionError:
             return None, []
         return (json.loads(data) if data else None), descriptors
@@ -118,17 +125,42 @@ class Server:
         asked = time.monotonic_ns()
         # A worker that is told to stop hears of it, from its first moment on: its bootstrap lets them in.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        hears, tells = os.pipe()
         try:
             pid = os.fork()
         except OSError as error:
-            self._send({"event": "refused", "id": message["id"], "why": f"fork: {error}"})
+            os.close(hears)
+            os.close(tells)
+            self._refuse(message, f"fork: {error}", "look at the limits on processes and memory (ulimit -u, cgroup)")
             return None
         if pid == 0:
-            return self._become_worker(message, descriptors)
+            os.close(hears)
+            return self._begin_worker(message, descriptors, tells)
+        os.close(tells)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        with open(hears) as line:
+            why = line.read()  # its end is the worker's first moment as one
+        if why:
+            os.waitpid(pid, 0)
+            self._refuse(message, why, "the script has not begun: look at the folder it runs in, and at ulimit -a")
+            return None
         self._workers[pid] = message["id"]
         self._send({"event": "spawned", "id": message["id"], "pid": pid, "asked_ns": asked})
         return None
+
+    def _refuse(self, message: dict[str, Any], why: str, hint: str) -> None:
+        self._send({"event": "refused", "id": message["id"], "why": why, "hint": hint})
+
+    def _begin_worker(self, message: dict[str, Any], descriptors: list[int], tells: int) -> Job:
+        try:
+            job = self._become_worker(message, descriptors)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the script has no part in it
+            os.write(tells, f"{error}".encode(errors="backslashreplace") or type(error).__name__.encode())
+            os._exit(Status.INTERNAL)
+        os.close(tells)
+        if job.command:
+            _execute(job.command)
+        return job
 
     def _become_worker(self, message: dict[str, Any], descriptors: list[int]) -> Job:
         watch.die_with_parent(self._pid)
@@ -140,16 +172,14 @@ class Server:
         for descriptor in (self._wake_r, self._wake_w):
             os.close(descriptor)
         self._channel.close()
-        _take(*descriptors)
-        os.environ.update(message["env"])
-        for name in message.get("unset", ()):
-            os.environ.pop(name, None)
-        os.chdir(message["cwd"])
-        if message["command"]:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            _execute(message["command"])
+        stdout, stderr, board, letter = descriptors
+        with open(letter, "rb") as file:
+            told = json.loads(file.read())
+        _take(stdout, stderr, board, number=message["board"])
+        os.environ.update(told["env"])
+        os.chdir(told["cwd"])
         _forget_shared_randomness()
-        return Job(kind=message["kind"], target=message["target"], args=message["args"])
+        return Job(kind=told["kind"], target=told["target"], args=told["args"], command=told["command"])
 
     def _reap(self) -> None:
         while True:
@@ -183,16 +213,17 @@ def _signal_worker(pid: int, number: int, *, group: bool) -> None:
             os.kill(pid, number)
 
 
-def _take(stdout: int, stderr: int, board: int) -> None:
+def _take(stdout: int, stderr: int, board: int, *, number: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, target in ((nothing, 0), (stdout, 1), (stderr, 2), (board, BOARD_DESCRIPTOR)):
+    for descriptor, target in ((nothing, 0), (stdout, 1), (stderr, 2), (board, number)):
         os.dup2(descriptor, target, inheritable=True)
         os.close(descriptor)
 
 
 def _execute(command: list[str]) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -211,7 +242,8 @@ def _preload(modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - a module of the user's may raise anything; it is only a preload
-            os.write(2, f"elastic-fit: could not preload {name}: {type(error).__name__}: {error}\n".encode())
+            with contextlib.suppress(OSError):  # a terminal that is gone, a log without room
+                os.write(2, f"elastic-fit: could not preload {name}: {type(error).__name__}: {error}\n".encode())
     gc.collect()
     gc.freeze()
 

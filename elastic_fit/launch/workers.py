@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_fit.launch.nursery import MESSAGE_BYTES, QUIET_SIGNALS
+from elastic_fit.launch.nursery import BOARD_DESCRIPTOR, MESSAGE_BYTES, QUIET_SIGNALS
 from elastic_fit.supervisor import watch
 from elastic_fit.supervisor.errors import ElasticFitError
 
@@ -107,26 +107,22 @@ class Nursery:
             command: run this program instead of the bootstrap in the forked process.
             descriptors: stdout, stderr and board; the caller closes its copies.
 
-        Raises NurseryLost, or ElasticFitError where the system refused to fork.
+        Raises NurseryLost, or ElasticFitError where the system refused it before its program had begun.
         """
         self.ready()
         kind, target, args = job
-        message = {
-            "op": "spawn",
-            "id": local_rank,
-            "env": dict(env),
-            "cwd": cwd,
-            "kind": kind,
-            "target": target,
-            "args": list(args),
-            "command": list(command),
-        }
-        self._send(message, descriptors)
+        letter = _letter(
+            {"env": dict(env), "cwd": cwd, "kind": kind, "target": target, "args": list(args), "command": list(command)}
+        )
+        try:
+            self._send({"op": "spawn", "id": local_rank, "board": BOARD_DESCRIPTOR}, (*descriptors, letter))
+        finally:
+            os.close(letter)
         answer = self._expect("spawned", "refused")
         if answer["event"] == "refused":
             raise ElasticFitError(
                 f"worker {local_rank} could not be started: {answer['why']}",
-                hint="look at the limits on processes and memory (ulimit -u, cgroup)",
+                hint=answer["hint"],
             )
         return int(answer["pid"])
 
@@ -196,6 +192,15 @@ class Nursery:
             if message["event"] in events:
                 return message
             self._exits_heard = [*self._exits_heard, *_exit_of(message)]
+
+
+def _letter(told: Mapping[str, Any]) -> int:
+    """A descriptor to read it from, from its beginning."""
+    letter = os.memfd_create("elastic-fit-job", os.MFD_CLOEXEC)
+    with open(letter, "wb", closefd=False) as file:
+        file.write(json.dumps(told).encode())
+    os.lseek(letter, 0, os.SEEK_SET)
+    return letter
 
 
 def _exit_of(message: dict[str, Any]) -> list[Exit]:
