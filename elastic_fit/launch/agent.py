@@ -240,7 +240,8 @@ class ElasticAgent(TorchelasticAgent):
     # signals and stops
 
     def _note_signals(self) -> None:
-        for request in self._ears.hear(self._attempt.running_boards if self._attempt else ()):
+        boards = self._attempt.running_boards if self._attempt is not None and self._stop is None else ()
+        for request in self._ears.hear(boards):
             reply = answer(self._stop, request)
             if reply is Answer.BEGIN:
                 self._begin_stop(request)

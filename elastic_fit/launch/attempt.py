@@ -59,6 +59,8 @@ class _Worker:
     board: Board
     pid: int
     exit: Exit | None = None
+    is_sent_away: bool = False
+    """Whether the agent has sent it SIGTERM: what that leaves on its board is nobody's wish."""
 
 
 class Attempt:
@@ -128,8 +130,9 @@ class Attempt:
 
     @property
     def running_boards(self) -> list[tuple[int, Board]]:
-        """Rank and board of the workers that have not ended."""
-        return [(worker.plan.rank, worker.board) for worker in self._workers.values() if worker.exit is None]
+        """Rank and board of the workers that have not ended, of those that may tell of somebody's signal."""
+        running = (worker for worker in self._workers.values() if worker.exit is None)
+        return [(worker.plan.rank, worker.board) for worker in running if not worker.is_sent_away]
 
     def board_of(self, pid: int) -> Board:
         """The board of one worker."""
@@ -195,6 +198,7 @@ class Attempt:
             board = self.board_of(pid)
             board.ask(request, mode, deadline_ns)
             if board.phase < Phase.PROCESS_GROUP:
+                self._workers[pid].is_sent_away = not board[Word.SIGNALLED]
                 self.signal(pid, signal.SIGTERM)
 
     def signal(self, pid: int, number: int) -> None:

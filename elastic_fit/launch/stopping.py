@@ -107,7 +107,10 @@ class Ears:
         return self._latch.fileno()
 
     def hear(self, boards: Sequence[tuple[int, Board]] = ()) -> list[StopRequest]:
-        """The requests since the last call; `boards` are the running workers', by rank."""
+        """The requests since the last call; `boards` are those of workers that may have been asked, by rank.
+
+        What is on a board stays there: none are to be given once the job stops.
+        """
         return [*self._signals(), *self._workers(boards), *self._files()]
 
     def forget(self) -> None:
@@ -129,8 +132,8 @@ class Ears:
     def _workers(self, boards: Sequence[tuple[int, Board]]) -> Iterator[StopRequest]:
         for rank, board in boards:
             number = board[Word.SIGNALLED]
-            if not number or board.request:
-                continue  # what came after the request changes nothing
+            if not number:
+                continue
             is_notice = number == NOTICED
             yield StopRequest(
                 source="notice" if is_notice else "worker",

@@ -112,16 +112,15 @@ def test_a_file_made_by_hand_is_an_order_to_save(tmp_path: Path) -> None:
     assert [(one.source, one.save) for one in listening.hear()] == [("command", True), ("file", True)]
 
 
-def test_a_signalled_worker_counts_from_its_signal_and_only_before_there_is_a_request(tmp_path: Path) -> None:
+def test_a_signalled_worker_counts_from_its_signal_also_where_it_is_saving_for_another_reason(tmp_path: Path) -> None:
     board = Board.create(tmp_path / "board")
     listening = ears(tmp_path)
     assert listening.hear([(3, board)]) == []
+    board.ask(1, StopMode.RESCUE)
     board.ask_back(signal.SIGUSR1)
     (heard,) = listening.hear([(3, board)])
     assert (heard.source, heard.reason, heard.rank) == ("worker", "SIGUSR1", 3)
     assert heard.asked_ns == board[Word.SIGNALLED_NS]
-    board.ask(1, StopMode.SAVE)
-    assert listening.hear([(3, board)]) == []
 
 
 def test_a_notice_of_a_worker_is_told_as_one(tmp_path: Path) -> None:

@@ -376,6 +376,38 @@ trainer(num_sanity_val_steps=0).fit(Dies())
     goes_on(elastic, first)
 
 
+def test_a_signal_to_a_survivor_that_saves_stops_the_run_once_it_has(elastic: Elastic) -> None:
+    body = """
+class Rescues(Model):
+    def on_save_checkpoint(self, checkpoint):
+        if ATTEMPT == 0:
+            told(lambda: None)()  # by its peer's death
+            to_me()()
+
+trainer(At(5, die, rank=1)).fit(Rescues())
+"""
+    first = elastic(TELL + body)
+    (asked,) = first.events("stop_requested")
+    assert (asked["source"], asked["reason"], asked["rank"]) == ("worker", "SIGTERM", 0)
+    assert [one["step"] for one in first.events("rescue")] == [5]
+    assert len(first.events("workers_started")) == 1
+    goes_on(elastic, first)
+
+
+def test_a_worker_that_is_sent_away_from_its_imports_after_a_death_asks_for_no_stop(elastic: Elastic) -> None:
+    body = """
+if ATTEMPT == 0 and RANK == 1:
+    time.sleep(0.5)
+    die()
+if ATTEMPT == 0:
+    time.sleep(60)
+trainer().fit(Model())
+"""
+    outcome = elastic(body)
+    assert outcome.code == 0, outcome.said + outcome.output()
+    assert outcome.events("stop_requested") == []
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stop_during_the_imports_of_one_rank_ends_at_once(elastic: Elastic, rank: int) -> None:
     body = f"if RANK == {rank}:\n    import time; to_launcher()(); time.sleep(60)\ntrainer().fit(Model())\n"
