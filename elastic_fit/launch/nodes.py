@@ -32,9 +32,8 @@ from elastic_fit.supervisor.store.generation import (
     make_generations,
     newest_generation,
     publish_generation,
-    set_aside,
 )
-from elastic_fit.supervisor.store.sharing import share
+from elastic_fit.supervisor.store.sharing import share, start_over
 from elastic_fit.supervisor.view import Bounds
 
 if TYPE_CHECKING:
@@ -71,8 +70,8 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
         if isinstance(found, Status):
             return found
         guest_of, run_id = found, ""
-    elif invocation.fresh and not _has_begun(folder, invocation):
-        console.set_aside(set_aside(folder))
+    elif invocation.fresh:
+        console.set_aside(start_over(folder, lambda is_shared: _has_begun(folder, invocation, is_shared=is_shared)))
     mine = share(folder)  # no supervisor has the run alone meanwhile
     try:
         identity = folder.create(command=sys.argv, run_id=run_id)
@@ -111,16 +110,19 @@ def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
     return Roster.parse(found[1]) if found is not None else None
 
 
-def _has_begun(folder: RunDir, invocation: Invocation) -> bool:
-    """Whether this job has begun in the folder: then `--fresh` was the business of its first start's first node."""
+def _has_begun(folder: RunDir, invocation: Invocation, *, is_shared: bool) -> bool:
+    """Whether this job has begun in the folder: then `--fresh` was the business of its first start's first node.
+
+    `is_shared`: nodes live there, which have agreed on nothing so far where the folder is new.
+    """
     from elastic_fit.launch.introduction import roster_at_work
 
     if not folder.is_run():
         return False
     if invocation.job is not None and has_begun(read(folder.events), invocation.job.job_id):
         return True
-    name = run_name(rdzv_id(invocation), folder.read_identity())
-    return roster_at_work(arbiter_of(invocation, folder, name)) is not None
+    arbiter = arbiter_of(invocation, folder, run_name(rdzv_id(invocation), folder.read_identity()))
+    return (is_shared and _is_new(arbiter)) or roster_at_work(arbiter) is not None
 
 
 def rdzv_id(invocation: Invocation) -> str:

@@ -86,6 +86,20 @@ class RunDir:
                 f"the run folder {self.root} can't be read: {error.strerror}", hint="ask its owner, or for another one"
             ) from error
 
+    def is_unused(self) -> bool:
+        """Whether there is nothing in it that could be missed: it isn't there, is empty, or was just made."""
+        if self.is_run():
+            return False
+        try:
+            names = os.listdir(self.root)
+            is_bare = not self.checkpoints.exists() or not os.listdir(self.checkpoints)
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        drafts = f".{self.identity.name}."
+        return is_bare and all(
+            name in (self.checkpoints.name, self.lock.name) or name.startswith(drafts) for name in names
+        )
+
     def create(self, *, command: list[str], run_id: str = "") -> Identity:
         """Make the folder, or take the one that is there; returns who the run is.
 
@@ -130,13 +144,22 @@ class RunDir:
                 hint="start over with --fresh, or take another folder with --run-dir",
             ) from error
 
-    def set_aside(self) -> Path | None:
-        """Move the whole folder to a free name beside it (never deleting it); None where there was none.
+    def check_is_run(self) -> None:
+        """Raise UsageError where it is somebody's folder, and no run's: that is not moved out of the way."""
+        if not self.is_run() and not self.is_unused():
+            raise UsageError(
+                f"{self.root} is not a run's folder, and not empty: --fresh doesn't move it aside",
+                hint="give another one with --run-dir",
+            )
 
-        Raises StorageError where there is no such name, or the disk refuses.
+    def set_aside(self) -> Path | None:
+        """Move the whole folder to a free name beside it (never deleting it); None where there is nothing in it.
+
+        Raises UsageError where it isn't a run's, StorageError where there is no such name, or the disk refuses.
         """
-        if not self.root.exists():
+        if self.is_unused():
             return None
+        self.check_is_run()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{n}" for n in range(1, 1000))):
             aside = self.root.with_name(f"{self.root.name}.{stamp}{suffix}")

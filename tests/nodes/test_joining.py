@@ -162,6 +162,20 @@ def test_node_that_sees_another_folder_is_refused_by_name_and_trains_nothing(hos
 
 @pytest.mark.system
 @pytest.mark.slow
+def test_nodes_that_start_over_do_so_once_also_where_the_first_to_come_waits_for_the_endpoint(hosts: Cluster) -> None:
+    RunDir(hosts.run_dir).create(command=["of an earlier run"])
+    flags = ("--fresh", "--rdzv-backend", "c10d", "--rdzv-endpoint", "h1:29400")
+    waits = hosts.launch("h2", nodes="2", flags=flags)
+    hosts.wait_until(lambda: waits.told("the run folder is empty: looking for h1:29400"))
+    first = hosts.launch("h1", nodes="2", flags=flags)
+    hosts.wait_until(lambda: hosts.trains_with(2))
+    assert waits.told("starting over; the old run is kept in")
+    assert not first.told("starting over")
+    assert_it_ends_well(hosts, waits, first)
+
+
+@pytest.mark.system
+@pytest.mark.slow
 def test_sigterm_to_one_node_saves_and_ends_the_job_on_all_with_75(hosts: Cluster) -> None:
     started = [hosts.launch(host) for host in ("h1", "h2")]
     hosts.wait_until(lambda: hosts.trains_with(2))

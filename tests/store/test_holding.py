@@ -22,6 +22,7 @@ import pytest
 from elastic_fit.supervisor.errors import ElasticFitError, FencedOff, RunIsHeld, StorageError
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, GenerationFence, Holder, SaveFailed, hold, set_aside, share
+from elastic_fit.supervisor.store.sharing import start_over
 from tests.store.stories import save
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -55,7 +56,7 @@ class Supervisor:
 
 
 def _supervise(pipe: Connection) -> None:
-    lease = store = None
+    lease = store = part = None
     pipe.send("ready")
     while True:
         order, what = pipe.recv()
@@ -70,6 +71,14 @@ def _supervise(pipe: Connection) -> None:
             elif order == "release" and lease is not None:
                 lease.release()
                 pipe.send("released")
+            elif order == "begin anew":
+                run = RunDir(Path(str(what)))
+                start_over(run, lambda is_shared: is_shared)
+                part = share(run)
+                pipe.send(run.create(command=["test"]).run_id)
+            elif order == "leave" and part is not None:
+                part.release()
+                pipe.send("left")
             elif order == "save" and store is not None and lease is not None:
                 save(store, int(str(what)), generation=lease.generation)
                 pipe.send("saved")
@@ -261,6 +270,26 @@ def test_the_nodes_of_a_job_have_the_run_together_and_nobody_has_it_alone_meanwh
                 take(run)
         node.release()
     hold(run).release()
+
+
+def test_two_nodes_of_a_job_that_start_over_at_once_do_so_together_and_once(
+    pair: tuple[Supervisor, Supervisor], run: RunDir
+) -> None:
+    for before in range(1, 51):
+        for node in pair:
+            node.tell("begin anew", run.root)
+        first, second = [node.hear() for node in pair]
+        assert first == second
+        assert sum(path.name.startswith("run.") for path in run.root.parent.iterdir()) == before
+        assert [node.ask("leave") for node in pair] == ["left", "left"]
+
+
+def test_nodes_do_not_start_over_where_a_supervisor_lives(run: RunDir) -> None:
+    lease = hold(run)
+    with pytest.raises(RunIsHeld, match=f"is held by process {os.getpid()} on "):
+        start_over(run, lambda is_shared: is_shared)
+    lease.release()
+    assert start_over(run, lambda is_shared: is_shared) is not None
 
 
 @pytest.mark.system

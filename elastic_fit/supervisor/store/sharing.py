@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from elastic_fit.supervisor.store.generation import MENDED_BY, read_holder, refu
 
 HANDOVER_S = 5.0
 """How long a lock may be held by somebody who doesn't say who it is: it has it for a moment, or has just got it."""
+PATIENCE_S = 30.0
+"""How long nodes of an earlier job may be on their way out before the folder isn't theirs any more."""
 PAUSE_S = 0.1
 TAKEN = (errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -60,14 +63,51 @@ def share(folder: RunDir) -> Share:
         time.sleep(PAUSE_S)
 
 
-def _try(lock: Path) -> Share | None:
-    """A share of what is the lock at that path by now; None where somebody has it whole."""
+def start_over(folder: RunDir, has_begun: Callable[[bool], bool]) -> Path | None:
+    """Move the folder of an earlier run aside, for a job of several nodes: once, by whichever of them is first.
+
+    Args:
+        folder: the run's.
+        has_begun: whether the job has begun there already; it is told whether nodes live there that have a share.
+
+    None where it has, or where there was nothing. Raises as `share` does, also where an earlier job's nodes stay.
+    """
+    until = time.monotonic() + PATIENCE_S
+    folder.check_is_run()
+    while not folder.is_unused():
+        try:
+            alone = _try(folder.lock, fcntl.LOCK_EX)
+            others = None if alone is not None else _try(folder.lock)
+        except FileNotFoundError:
+            continue  # somebody else was first
+        except OSError as error:
+            raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
+        try:
+            if has_begun(others is not None):
+                return None
+            if alone is not None:
+                return folder.set_aside()
+        finally:
+            for one in (alone, others):
+                if one is not None:
+                    one.release()
+        if (others is None and read_holder(folder.lock) is not None) or time.monotonic() >= until:
+            raise refusal(folder)
+        time.sleep(PAUSE_S)
+    return None
+
+
+def _try(lock: Path, how: int = fcntl.LOCK_SH) -> Share | None:
+    """A share of what is the lock at that path by now, or all of it; None where others keep that from us.
+
+    Raises FileNotFoundError where its folder was moved aside meanwhile.
+    """
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(descriptor), os.stat(lock)):
             raise FileNotFoundError(errno.ENOENT, "moved aside", str(lock))
-        os.ftruncate(descriptor, 0)  # nobody has it alone: who is named there is gone
+        os.ftruncate(descriptor, 0)  # nobody else has it alone: who is named there is gone
     except OSError as error:
         os.close(descriptor)
         if error.errno in NO_LOCKS:
