@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_fit.launch.closing import close, tally
@@ -37,6 +38,8 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
     Raises the ElasticFitError family for what a person can mend before anything has started.
     """
     folder = RunDir(invocation.run_dir.resolve())
+    if invocation.fresh:
+        _check_it_may_go(folder, invocation)
     for flag in invocation.without_effect:
         console.line(f"{flag} has no effect under elastic-fit")
     for flag in invocation.not_ours:
@@ -60,6 +63,17 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
         return _Launch(invocation, console, nursery, folder, identity, lease).run()
     finally:
         lease.release()
+
+
+def _check_it_may_go(folder: RunDir, invocation: Invocation) -> None:
+    """Raise UsageError where `--fresh` would move more out of the way than an earlier run."""
+    folder.check_is_run()
+    held = [path for path in (Path.cwd(), Path(invocation.script).resolve()) if path.is_relative_to(folder.root)]
+    if held and not folder.is_unused():
+        raise UsageError(
+            f"the run folder {folder.root} holds {held[0]}: --fresh would move that away with it",
+            hint="give another folder with --run-dir",
+        )
 
 
 def _has_several_nodes(invocation: Invocation) -> bool:

@@ -107,7 +107,7 @@ def test_version(tmp_path: Path) -> None:
 def test_a_run_folder_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
     (tmp_path / "taken").write_text("")
-    for flags in ((), ("--dry-run",)):
+    for flags in ((), ("--dry-run",), ("--fresh",)):
         done = elastic_fit("train.py", "--run-dir", "taken", "--no-warm", *flags, cwd=tmp_path)
         assert done.returncode == 2
         assert "taken" in done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.store import CheckpointStore, hold
-from tests.launching import Elastic, Outcome
+from tests.launching import Elastic, Launched, Outcome
 
 EVERY_STEP_ONCE = [str(step) for step in range(1, 17)]
 
@@ -104,6 +104,22 @@ def test_a_run_that_is_held_is_not_started_over(elastic: Elastic, tmp_path: Path
     assert f"is held by process {os.getpid()} on {os.uname().nodename}" in outcome.said
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
     assert elastic("trainer().fit(Model())\n", "--fresh").code == 0, "it was let go of"
+
+
+@pytest.mark.parametrize("flags", [(), ("--nnodes", "1:2"), ("--dry-run",)])
+def test_fresh_moves_nothing_aside_but_runs(launched: Launched, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Least of all the project, where somebody gives that as the run's folder."""
+    (tmp_path / "train.py").write_text("")
+    fresh = ("--fresh", "--run-dir", ".", *flags, "train.py")
+    outcome = launched(*fresh)
+    assert outcome.code == 2
+    assert f"{tmp_path} is not a run's folder, and not empty: --fresh doesn't move it aside" in outcome.said
+    assert "hint: give another one with --run-dir" in outcome.said
+    RunDir(tmp_path).create(command=["without --fresh"])
+    again = launched(*fresh)
+    assert again.code == 2
+    assert f"holds {tmp_path}: --fresh would move that away with it" in again.said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "run.json", "train.py"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--nnodes", "1:2"), ("--dry-run",)])
