@@ -337,7 +337,7 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _after_save(self, trainer: pl.Trainer) -> None:
         self._cadence.saved(trainer.global_step)
-        if self._seals is not None and self._seals.last_failure is not None:
+        if self._seals is not None and not self._seals.is_last_of_use:
             return
         self.saved_step, self.has_saved = trainer.global_step, True
         if trainer.is_global_zero and self._seals is not None:

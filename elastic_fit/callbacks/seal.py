@@ -65,6 +65,8 @@ class Seals:
         self.purpose = Purpose()
         self.finite_check = True
         self.last_failure: str | None = None
+        self.is_last_of_use = True
+        """Whether a training could go on from the newest save, as far as this rank knows: it is there, and finite."""
         self._put_off: dict[str, None] = {}
         strategy.save_checkpoint = self.save  # type: ignore[method-assign]
         strategy.remove_checkpoint = self.remove  # type: ignore[method-assign]
@@ -110,24 +112,22 @@ class Seals:
         began = time.monotonic()
         trainer = self._trainer
         facts = facts_of(trainer, self.purpose, checkpoint, store.branch)
-        if _lightning.writes_plain_files(trainer.strategy):
-            if trainer.is_global_zero:
-                self._told(store, name, facts, began, lambda: self._write_file(checkpoint, store, name, facts))
+        is_plain = _lightning.writes_plain_files(trainer.strategy)
+        if is_plain and not trainer.is_global_zero:
             return
-        self._told(
-            store, name, facts, began, lambda: self._write_together(checkpoint, store, name, facts, storage_options)
-        )
-
-    def _write_file(self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, facts: Facts) -> int:
-        finite = is_finite(checkpoint) if self.finite_check else None
-        return persist(checkpoint, store, name, replace(facts, finite=finite))
+        if self.finite_check:
+            mine = is_finite(checkpoint)
+            facts = replace(facts, finite=mine if is_plain else all(gather(mine)))
+        if is_plain:
+            self._told(store, name, facts, began, lambda: persist(checkpoint, store, name, facts))
+        else:
+            self._told(
+                store, name, facts, began, lambda: self._write_together(checkpoint, store, name, facts, storage_options)
+            )
 
     def _write_together(
         self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, facts: Facts, storage_options: Any | None
     ) -> int:
-        if self.finite_check:
-            facts = replace(facts, finite=all(gather(is_finite(checkpoint))))
-
         def write(path: str) -> None:
             # A copy: strategies take out what they write as shards, and it may have to be written again.
             self._save(dict(checkpoint), path, storage_options=storage_options)
@@ -143,15 +143,18 @@ class Seals:
         except FencedOff:
             raise
         except StorageError as error:
-            self.last_failure = error.message
+            self.last_failure, self.is_last_of_use = error.message, False
             log.error("%s (%s)", error.message, error.hint)
             if worker is not None and self._trainer.is_global_zero:
                 worker.ledger.write("save_failed", path=path, step=facts.step, error=error.message)
             return
         self.last_failure = None
+        self.is_last_of_use = facts.finite is not False
+        if not self.is_last_of_use and self._trainer.is_global_zero:
+            log.error("elastic-fit: %s holds NaN or Inf: it is kept to be looked at, and nothing goes on from it", path)
         seconds = time.monotonic() - began
         if worker is not None:
-            if Path(store.root) == worker.folder.fit(worker.fits):
+            if self.is_last_of_use and Path(store.root) == worker.folder.fit(worker.fits):
                 worker.board[Word.SAVED_STEP] = facts.step
             if self._trainer.is_global_zero:
                 worker.ledger.write(
@@ -162,6 +165,7 @@ class Seals:
                     bytes=size,
                     seconds=round(seconds, 4),
                     stall_s=round(seconds, 4),
+                    **({} if self.is_last_of_use else {"finite": False}),
                 )
         self._put_off.pop(path, None)
         put_off, self._put_off = self._put_off, {}

@@ -270,6 +270,26 @@ trainer(AtBatch('on_train_batch_end', 20, told(to_launcher()), rank=None), accum
     assert grace_taken_s(first) < 10
 
 
+@pytest.mark.parametrize("step", [5, 6], ids=["stop", "periodic save, stop"])
+def test_a_stop_with_nan_in_the_state_says_that_nothing_new_is_saved(elastic: Elastic, step: int) -> None:
+    diverges = """
+    class Diverges(Model):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 4:
+                torch.nn.init.constant_(self.layer.weight, float("nan"))
+    """
+    fit = f"trainer(At({step}, told(to_launcher()))).fit(Diverges())\n"
+    first = elastic(TELL + textwrap.dedent(diverges) + fit, "--checkpoint-steps", "3", "--keep", "9")
+    assert first.code == 143, first.said
+    *before, last = first.events("save")
+    assert [one["step"] for one in before if "finite" not in one.fields] == [3]
+    assert (last["kind"], last["step"], last["finite"]) == ("stop", decision(first)["step"], False)
+    assert "NaN or Inf" in first.output()
+    second = elastic(TELL + "trainer().fit(Model())\n")
+    assert second.code == 0
+    assert second.events("resume")[-1]["step"] == 3
+
+
 def test_no_save_is_started_that_cannot_end_in_time(elastic: Elastic) -> None:
     body = """
 import time
