@@ -122,7 +122,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         self.saved_step = 0
         """The newest step that is safe on disk, as far as this rank knows."""
         self.has_saved = False
-        """Whether anything was saved in this ``fit``."""
+        """Whether this callback has saved anything."""
 
     @property
     def is_active(self) -> bool:

@@ -75,7 +75,6 @@ class RunCheckpoint(ElasticCheckpoint):
         self._last_global_step_saved = self._unranked_step = self.began_step = self.saved_step = (
             point.step if point else 0
         )
-        self.has_saved = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Seal the whole run's checkpoints: a stock ModelCheckpoint that saves there is sealed too."""

@@ -156,6 +156,7 @@ class Seals:
         if worker is not None:
             if self.is_last_of_use and Path(store.root) == worker.folder.fit(worker.fits):
                 worker.board[Word.SAVED_STEP] = facts.step
+                worker.has_saved = True
             if self._trainer.is_global_zero:
                 worker.ledger.write(
                     "save",

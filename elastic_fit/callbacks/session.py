@@ -23,6 +23,8 @@ class Session:
     """The handlers of this worker's stop signals."""
     fits: int = 0
     """How many calls of ``Trainer.fit`` have begun, tuning runs not counted."""
+    has_saved: bool = False
+    """Whether this process has saved anything of the run that a next start could go on from."""
     ledger: Ledger = field(init=False)
 
     def __post_init__(self) -> None:

@@ -245,7 +245,9 @@ class Stopper(Checkpoint):
         """Saved: all that was done is on disk, and something of it is new."""
         is_fit = trainer.state.fn == TrainerFn.FITTING
         is_safe = not is_fit or (checkpoint is not None and checkpoint.saved_step >= trainer.global_step)
-        is_new = bool(self._desk.board[Word.SAVED_STEP]) or (checkpoint is not None and checkpoint.has_saved)
+        worker = session.current()
+        saver = worker if worker is not None else checkpoint
+        is_new = saver is not None and saver.has_saved
         is_wanted = self._desk.mode is StopMode.SAVE
         return {"code": int(Exit.SAVED if is_safe and is_new and is_wanted else self._unsaved())}
 

@@ -211,6 +211,21 @@ class Long(Validated):
     assert first.steps() == []
 
 
+def test_a_stop_at_the_start_of_a_second_fit_says_that_the_first_one_is_saved(elastic: Elastic) -> None:
+    body = """
+class Long(Validated):
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8000, 4)), batch_size=2)
+trainer(max_epochs=1).fit(Model())
+stop = AtBatch('on_validation_batch_end', 0, told(to_launcher()), rank=None, step=0)
+trainer(stop, num_sanity_val_steps=2000, limit_val_batches=2000).fit(Long())
+"""
+    first = elastic(TELL + body)
+    assert first.steps()[-1] == 8
+    assert decision(first)["why"] == "nothing was trained"
+    assert first.code == 75
+
+
 def test_never_in_the_middle_of_an_accumulation(elastic: Elastic) -> None:
     first = elastic(
         TELL
