@@ -150,7 +150,7 @@ class ElasticAgent(TorchelasticAgent):
                 return self._ended_by_stop(saved=self._has_saved)
             self._follow(attempt)
             failures = attempt.failures()
-            if self._stop is not None or 75 in attempt.codes.values():
+            if self._stop is not None or attempt.has_stopped:
                 return self._conclude_stop(attempt)
             if not failures:
                 return self._finished(attempt)

@@ -83,7 +83,7 @@ class Attempt:
         self._workers: dict[int, _Worker] = {}
         self._streams = Streams()
         self._is_rescuing = False
-        self._good: frozenset[int] = frozenset({Status.FINISHED, Status.SAVED})
+        self._is_told_to_stop = False
 
     def start(self, plans: Sequence[WorkerPlan]) -> None:
         """Fork all workers. Raises NurseryLost and ElasticFitError as `Nursery.spawn` does."""
@@ -158,8 +158,25 @@ class Attempt:
         return [
             _read_failure(worker)
             for worker in self._workers.values()
-            if worker.exit is not None and worker.exit.code not in self._good
+            if worker.exit is not None and not self._has_ended_well(worker, worker.exit.code)
         ]
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a worker has left as one does that has saved and stops."""
+        return any(
+            worker.exit and worker.exit.code == Status.SAVED and self._has_ended_well(worker, Status.SAVED)
+            for worker in self._workers.values()
+        )
+
+    def _has_ended_well(self, worker: _Worker, code: int) -> bool:
+        if (
+            code == Status.SAVED
+        ):  # of a script that nobody has asked to stop, and that has saved nothing, it says nothing
+            was_asked = self._is_told_to_stop or bool(worker.board[Word.SIGNALLED])
+            return was_asked or any(board[Word.SAVED_STEP] for board in self.boards)
+        # To leave with nothing to save is no failure where a stop was asked for.
+        return code == Status.FINISHED or (code == Status.TERMINATED and self._is_told_to_stop)
 
     # what is done
 
@@ -173,8 +190,9 @@ class Attempt:
             self._nursery.restart()
         mine = [exit_ for exit_ in exits if exit_.pid in self._workers]
         for exit_ in mine:
-            self._workers[exit_.pid].exit = exit_
-            if exit_.code not in self._good and not self.first_exit_ns:
+            worker = self._workers[exit_.pid]
+            worker.exit = exit_
+            if not self._has_ended_well(worker, exit_.code) and not self.first_exit_ns:
                 self.first_exit_ns = exit_.seen_ns
         return mine
 
@@ -193,7 +211,7 @@ class Attempt:
             return
         self._is_rescuing = mode is StopMode.RESCUE
         if mode in (StopMode.SAVE, StopMode.NO_SAVE):
-            self._good |= {Status.TERMINATED}  # to leave with nothing to save is no failure then
+            self._is_told_to_stop = True
         for pid in self.running:
             board = self.board_of(pid)
             board.ask(request, mode, deadline_ns)
@@ -236,7 +254,7 @@ class Attempt:
         """Whether its end is saved: by a stop, by a survivor, or, where that is `wanted`, before anybody failed."""
         saved = max((board[Word.SAVED_STEP] for board in self.boards), default=0)
         is_safe = wanted and 0 < saved >= self.highest_step
-        return Status.SAVED in self.codes.values() or bool(self.rescued_step) or is_safe
+        return self.has_stopped or bool(self.rescued_step) or is_safe
 
     @property
     def is_end_unsaved(self) -> bool:

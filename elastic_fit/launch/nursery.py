@@ -224,6 +224,8 @@ def _take(stdout: int, stderr: int, board: int, *, number: int) -> None:
 
 def _execute(command: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; another program would inherit that
+        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)
     except OSError as error:

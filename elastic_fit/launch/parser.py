@@ -190,6 +190,8 @@ def parse(argv: Sequence[str]) -> Invocation:
     parser = build_parser()
     mine, script, rest = _split(list(argv), parser)
     if script is None:
+        if {"-h", "--help"}.intersection(mine):
+            parser.parse_args(mine)  # prints it, and leaves
         raise UsageError("there is no script to run", hint="elastic-fit [flags] train.py; elastic-fit --help lists all")
     parsed = parser.parse_args([*mine, script])
     return _checked(parsed, script, rest, not_ours=_not_ours(rest, parser) if mine else ())

@@ -40,7 +40,8 @@ class Console:
         self._out = out or sys.stdout
         self._err = err or sys.stderr
         self._shows_workers = err is None
-        self._is_terminal = self._err.isatty()
+        # One that moves its cursor, and not an editor's or a pipeline's that only shows lines.
+        self._is_terminal = self._err.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._has_color = self._is_terminal and not os.environ.get("NO_COLOR")
 
     # lines

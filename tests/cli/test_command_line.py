@@ -138,6 +138,13 @@ def test_a_mistake_is_named_with_a_hint(line: str) -> None:
     assert "\n" not in mistake.value.message
 
 
+def test_help_may_follow_other_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--nnodes", "1", "--help"])
+    assert end.value.code == 0
+    assert "--checkpoint-steps" in capsys.readouterr().out
+
+
 def test_help_says_that_c10d_is_the_run_folder_and_what_the_endpoint_is_asked() -> None:
     told = " ".join(build_parser().format_help().split())
     assert "static (the default) and c10d: the run folder" in told

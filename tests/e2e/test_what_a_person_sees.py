@@ -33,15 +33,26 @@ def on_one_console(nursery: Nursery, tmp_path: Path, capfd: pytest.CaptureFixtur
     return run
 
 
-def test_the_cursor_that_a_killed_workers_bar_had_hidden_is_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_the_cursor_that_a_killed_workers_bar_had_hidden_is_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     assert cli.main(["ls", "nowhere"]) == 2
     assert terminal.getvalue().endswith("\x1b[?25h")
+
+
+def test_a_terminal_that_knows_no_controls_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    assert cli.main(["ls", "nowhere"]) == 2
+    assert terminal.getvalue().startswith("elastic-fit: error:")
+    assert "\x1b" not in terminal.getvalue()
 
 
 @pytest.mark.parametrize("nodes", ["1", "1:2"])
