@@ -88,7 +88,7 @@ class Planner:
     ) -> WorkerPlan:
         """The plan of one worker; makes the attempt's folder of logs."""
         logs = self._logs(attempt)
-        error_file = logs / f"rank{worker.global_rank}.error.json"
+        error_file = _vacant(logs / f"rank{worker.global_rank}.error.json")
         context = WorkerContext(
             run_dir=str(self._folder.root),
             run_id=self._run_id,
@@ -111,9 +111,12 @@ class Planner:
 
     @property
     def logs_root(self) -> Path:
-        """Where the folders of logs are, one per attempt."""
-        chosen = self._invocation.torchrun.log_dir
-        return Path(chosen).resolve() if chosen else self._folder.logs
+        """Where the folders of logs are, one per attempt; under ``--log-dir`` each run has a folder of its own."""
+        args = self._invocation.torchrun
+        if not args.log_dir:
+            return self._folder.logs
+        given = "" if args.rdzv_id in ("none", "") else f"{args.rdzv_id}_"
+        return Path(args.log_dir).resolve() / f"{given}{self._run_id}"
 
     def _logs(self, attempt: int) -> Path:
         logs = self.logs_root / f"{self._generation}-{attempt}"
@@ -138,6 +141,18 @@ class Planner:
             console=None if hidden or (redirected and not teed) else CONSOLE[stream],
             prefix=f"[{role}{worker.local_rank}]:" if teed else "",
         )
+
+
+def _vacant(error_file: Path) -> Path:
+    """Where a worker is to say why it has failed, without what another one has said there."""
+    try:
+        error_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"can't remove {error_file}, which is of an earlier worker: {error.strerror}",
+            hint="remove it, or give another folder with --log-dir",
+        ) from error
+    return error_file
 
 
 def _single_host_defaults(environment: Mapping[str, str]) -> dict[str, str]:

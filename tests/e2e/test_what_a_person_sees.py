@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from elastic_fit.launch.parser import parse
 from elastic_fit.launch.render import Console
 from elastic_fit.launch.run import launch
 from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.rundir import RunDir
 from tests.launching import Elastic, Launched
 
 LAST_LINE = "RuntimeError: the disk is wet"
@@ -182,8 +184,35 @@ def test_torchruns_log_dir_and_tee(launched: Launched, tmp_path: Path, capfd: py
     line = f"--nproc-per-node 2 --log-dir {tmp_path}/logs --redirects 1:3 --tee 0:3 --standalone hello.py"
     assert launched(*line.split()).code == 0
     assert "[default0]:hello from 0" in capfd.readouterr().out
-    logs = {path.name: path.read_text() for path in tmp_path.glob("logs/*/*.out")}
+    logs = {path.name: path.read_text() for path in tmp_path.glob("logs/*/*/*.out")}
     assert logs == {"rank0.out": "hello from 0\n", "rank1.out": "hello from 1\n"}
+
+
+def test_runs_that_log_into_one_folder_dont_take_one_anothers_failures_for_their_own(
+    launched: Launched, tmp_path: Path
+) -> None:
+    (tmp_path / "raises.py").write_text("raise ValueError('the learning rate is missing')\n")
+    (tmp_path / "ends.py").write_text("import os\nos._exit(3)\n")
+    flags = ("--log-dir", str(tmp_path / "logs"), "--rdzv-id", "nightly", "--max-restarts", "0", "--run-dir")
+    first = launched(*flags, str(tmp_path / "first"), "raises.py")
+    assert "the learning rate is missing" in first.said
+    second = launched(*flags, str(tmp_path / "second"), "ends.py")
+    assert second.code == 1
+    assert "exit code 3" in second.said
+    assert "learning rate" not in second.said
+    runs = [RunDir(tmp_path / name).read_identity().run_id for name in ("first", "second")]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == sorted(f"nightly_{run}" for run in runs)
+
+
+def test_what_somebody_else_has_said_in_a_workers_place_is_not_its_cause(launched: Launched, tmp_path: Path) -> None:
+    """As where a machine came back with an old disk: the logs of this very attempt are there already."""
+    (tmp_path / "ends.py").write_text("import os\nos._exit(3)\n")
+    logs = tmp_path / "run" / "logs" / "1-0"
+    logs.mkdir(parents=True)
+    (logs / "rank0.error.json").write_text(json.dumps({"message": "the learning rate is missing"}))
+    outcome = launched("--max-restarts", "0", "ends.py")
+    assert outcome.code == 1
+    assert "learning rate" not in outcome.said
 
 
 def test_a_module_is_run_as_python_dash_m_would(launched: Launched, tmp_path: Path) -> None:
