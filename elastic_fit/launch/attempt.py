@@ -19,6 +19,13 @@ from elastic_fit.supervisor.watch import signal_name
 
 BOARD_PATH = f"/proc/self/fd/{BOARD_DESCRIPTOR}"
 
+MESSAGE_LIMIT = 4 << 10
+"""Characters of a failed worker's message that are told on, to the ledger and to other nodes. The log has them all."""
+LINE_LIMIT = 1 << 10
+"""Of a line of its traceback: the last one is the message again."""
+TRACEBACK_LIMIT = 16 << 10
+"""Of its traceback, the last ones."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:
@@ -294,17 +301,24 @@ class _ErrorFile:
             record = json.loads(path.read_text())
             told = record["message"]
             if isinstance(told, str):
-                return cls(message=told)
+                return cls(message=_shortened(told, MESSAGE_LIMIT))
+            trace = str(record.get("traceback") or told.get("extraInfo", {}).get("py_callstack", ""))
+            lines = (_shortened(line, LINE_LIMIT) for line in trace.split("\n"))
             return cls(
                 type=record.get("type"),
                 bases=tuple(record.get("bases", ())),
-                message=str(told["message"]),
-                traceback=str(record.get("traceback") or told.get("extraInfo", {}).get("py_callstack", "")),
+                message=_shortened(str(told["message"]), MESSAGE_LIMIT),
+                traceback="\n".join(lines)[-TRACEBACK_LIMIT:],
                 printed=record.get("printed") is True,
                 t=float(record.get("t", 0.0)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
+
+
+def _shortened(text: str, limit: int) -> str:
+    more = len(text) - limit
+    return text if more <= 0 else f"{text[:limit]} ... ({more} more characters in the worker's log)"
 
 
 def _read_failure(worker: _Worker) -> WorkerFailure:

@@ -250,8 +250,8 @@ class ClusterAgent(ElasticAgent):
             cause = self._ended_for.cause
         else:
             cause = Cause.STOP if 75 in codes.values() else Cause.LOST
-        # Secondary failures after a loss are its echo: nothing to judge by.
-        told = failures if cause is Cause.FAILED else ()
+        # Secondary failures after a loss are its echo: nothing to judge by. Of the others, the first one can count.
+        told = [root_cause(failures)] if cause is Cause.FAILED and failures else []
         return Report(
             cause=cause,
             codes=codes,

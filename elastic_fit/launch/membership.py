@@ -62,7 +62,7 @@ class Report:
     is_end_unsaved: bool = False
     """Whether the workers have finished and their end is not on disk."""
     failures: Sequence[Mapping[str, Any]] = ()
-    """The failed workers as JSON records."""
+    """The failed worker that the node's others followed from, as a JSON record, if any has failed."""
     name: str = ""
     """The node's name; filled in on the way."""
     round: int = 0

@@ -58,6 +58,33 @@ def test_failures_on_one_node_and_then_on_the_other_spend_one_budget_and_both_no
 
 
 @pytest.mark.slow
+def test_message_of_megabytes_ends_the_job_on_both_nodes_and_is_whole_in_the_log(tmp_path: Path) -> None:
+    script = tmp_path / "missing_keys.py"
+    script.write_text("raise RuntimeError('Missing key(s): ' + 'k' * (2 << 20))\n")
+    flags = ("--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "0", "--run-dir", str(tmp_path / "run"))
+    command = (*COMMAND, *flags, str(script))
+    jobs = []
+    for node in range(2):
+        with (tmp_path / f"{node}.log").open("wb") as log:
+            jobs.append(subprocess.Popen(command, cwd=tmp_path, stderr=log, stdout=subprocess.DEVNULL))
+    try:
+        assert [job.wait(60) for job in jobs] == [1, 1]
+    finally:
+        for job in jobs:
+            job.kill()
+    for node in range(2):
+        text = (tmp_path / f"{node}.log").read_text()
+        own = [line for line in text.splitlines() if line.startswith("elastic-fit: ")]
+        assert any("failed first: RuntimeError: Missing key(s): kkk" in line for line in own)
+        assert max(map(len, own)) < 5000
+        assert "the budget of 0 restarts without progress is spent" in text
+        assert f'  File "{script}", line 1, in <module>' in text
+    logs = list(tmp_path.glob("run/logs/*/rank*.err"))
+    assert len(logs) == 4
+    assert all("k" * (2 << 20) in log.read_text() for log in logs)
+
+
+@pytest.mark.slow
 def test_ranks_of_nodes_of_different_sizes_are_told_what_torchrun_tells_them(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
