@@ -180,8 +180,11 @@ class ClusterAgent(ElasticAgent):
         self.status = Status(end.status)
         self.tally = Goodput(**end.decision["tally"]) if "tally" in end.decision else None
         self._tell_failure(end.decision)
+        if self.status is Status.FAILED and not end.decision.get("failure"):
+            self._news(f"decision the run ends: {end}")
         has_finished = self.status in (Status.FINISHED, Status.STORAGE)
-        self._fx.ledger.write("closed" if has_finished else "stopped", code=int(self.status), missing=self.missing())
+        name = "closed" if has_finished else "stopped"
+        self._fx.ledger.write(name, code=int(self.status), why=str(end), missing=self.missing())
         return Result(succeeded=has_finished, stopped=self.status != Status.FAILED)
 
     def _tell_failure(self, facts: Mapping[str, Any]) -> None:

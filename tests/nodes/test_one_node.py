@@ -127,6 +127,16 @@ def test_resume_from_goes_back_once_also_where_the_launcher_was_killed_before_it
     assert [event["step"] for event in noted("resume")] == [20, newest], "back, and then on"
 
 
+def test_job_that_the_others_never_come_to_says_so_last(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    outcome = launched("--nnodes", "2", "--rdzv-conf", "join_timeout=1", "train.py")
+    assert outcome.code == 1
+    *_, why, last = outcome.said.splitlines()
+    assert why == "elastic-fit: decision the run ends: 1 of at least 2 nodes came within 1 s"
+    assert last.startswith("elastic-fit: failed (exit 1)")
+    assert outcome.events("stopped")[0]["why"] == "1 of at least 2 nodes came within 1 s"
+
+
 def test_job_whose_etcd_is_not_there_says_so_and_ends_when_its_patience_does(
     launched: Launched, tmp_path: Path
 ) -> None:
