@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_fit.launch.arbiter import Arbiter
+from elastic_fit.launch.links import GREETING_LIMIT, NONSENSE
 from elastic_fit.launch.membership import NodeRefused
 from elastic_fit.launch.names import look_up
 from elastic_fit.supervisor.errors import UsageError
@@ -48,9 +49,9 @@ def ask(host: str, port: int) -> Profile | None:
             socket.create_connection((address, port), timeout=DIAL_S) as connection,
             connection.makefile("rb") as lines,
         ):
-            message: dict[str, Any] = json.loads(lines.readline())
+            message: dict[str, Any] = json.loads(lines.readline(GREETING_LIMIT))
             return Profile.parse(message["profile"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *NONSENSE):
         return None
 
 

@@ -25,6 +25,10 @@ from elastic_fit.supervisor.roster import Profile
 
 LINE_LIMIT = 1 << 20
 """Longest message, in bytes. Who sends more is not one of us."""
+GREETING_LIMIT = 8 << 10
+"""Longest first message, in which its sender says who it is."""
+NONSENSE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What taking up a message may raise. It is the fault of its sender, who may be anybody: the port is open to all."""
 REDIAL_S = 0.5
 """Pause between attempts to reach a peer; an attempt that takes longer than `DIAL_S` is given up."""
 DIAL_S = 1.0
@@ -231,14 +235,13 @@ class Links:
             self._redial_now(connection.node)
             return True
         *lines, connection.incoming = (connection.incoming + data).split(b"\n")
-        if len(connection.incoming) > LINE_LIMIT:
-            self._drop(connection)
-        for line in lines:
-            try:
+        try:
+            for line in lines:
+                _check_length(connection, line)
                 self._understand(connection, json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                self._drop(connection)
-                break
+            _check_length(connection, connection.incoming)
+        except NONSENSE:
+            self._drop(connection)
         return bool(lines)
 
     def _understand(self, connection: _Connection, message: dict[str, Any]) -> None:
@@ -301,6 +304,12 @@ def _allow_many_connections() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _check_length(connection: _Connection, line: bytes) -> None:
+    """Raise ValueError where a message is too long for what its sender has to say."""
+    if len(line) > (GREETING_LIMIT if connection.node is None else LINE_LIMIT):
+        raise ValueError(f"a message of {len(line)} bytes")
 
 
 def _begin_to_connect(address: str, port: int) -> socket.socket:

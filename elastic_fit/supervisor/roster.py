@@ -65,8 +65,8 @@ class Profile:
 
     @classmethod
     def parse(cls, record: Mapping[str, Any]) -> Profile:
-        """From its JSON form. Raises TypeError where fields are missing."""
-        return cls(**record)
+        """From its JSON form. Raises TypeError or ValueError where it isn't one."""
+        return cls(**{**record, "traits": dict(record.get("traits", {}))})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

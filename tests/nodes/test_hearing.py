@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
+from elastic_fit.launch.introduction import DIAL_S, ask
 from elastic_fit.launch.links import Links
 from elastic_fit.supervisor.hearing import Heard
 from elastic_fit.supervisor.roster import Profile
@@ -102,6 +106,53 @@ def test_peer_whose_address_makes_no_sense_here_is_not_reached_and_that_is_all(l
     assert not links.is_up(PEER.node)
 
 
+NONSENSE = {
+    "nested": b"[" * 5000 + b"\n",
+    "longer than who we are takes": b"[" * 20_000,
+    "a browser": b"GET / HTTP/1.1\r\n\r\n",
+    "not a profile": b'{"to": "h1-1", "profile": 5}\n',
+    "no traits": json.dumps({"to": ME.node, "profile": {**asdict(PEER), "traits": 5}}).encode() + b"\n",
+}
+
+
+def is_hung_up_on(stranger: socket.socket) -> bool:
+    try:
+        return not stranger.recv(1 << 16)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("sent", NONSENSE.values(), ids=NONSENSE)
+def test_stranger_that_sends_nonsense_is_hung_up_on_and_nobody_else_notices(links: Links, sent: bytes) -> None:
+    peer = Connection(links)
+    with socket.create_connection(("127.0.0.1", links.port)) as stranger:
+        stranger.sendall(sent)
+        stranger.setblocking(False)
+        wait_until(lambda: (links.poll(0.05), is_hung_up_on(stranger))[1], 5)
+    peer.state(1, version=5)
+    assert known(links).version == 5
+
+
 def test_who_means_a_node_that_listened_on_this_port_before_is_no_peer(links: Links) -> None:
     Connection(links, meant="h0-1")
     assert links.known == {}
+
+
+@pytest.mark.parametrize("sent", [*NONSENSE.values(), b"x" * 20_000], ids=[*NONSENSE, "no line at all"])
+def test_host_that_answers_with_nonsense_is_no_agent(sent: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                connection.sendall(sent)
+                connection.recv(1)  # until the other end hangs up
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        began = time.monotonic()
+        assert ask("127.0.0.1", server.getsockname()[1]) is None
+        assert time.monotonic() - began < DIAL_S, "it has not waited for more"
+        thread.join()
