@@ -270,7 +270,7 @@ class ElasticCheckpoint(ModelCheckpoint):
         with self._purpose(kind):
             if self.monitor is not None and self.monitor not in candidates:
                 self._defer_save_until_validation = True
-                self.save_unranked(trainer)
+                self.save_unranked(trainer, weights_only=self.save_weights_only)
             else:
                 self._save_topk_checkpoint(trainer, candidates)
                 self._save_last_checkpoint(trainer, candidates)
@@ -319,15 +319,18 @@ class ElasticCheckpoint(ModelCheckpoint):
         return _Purposeful(self._seals, Purpose(kind=kind, extra=extra))
 
     def save_now(self, trainer: pl.Trainer, kind: str, **extra: Any) -> None:
-        """Save at this point, with all ranks taking part: also where a save of the same step was tried and failed."""
-        with self._purpose(kind, **extra):
-            self.save_unranked(trainer, suffix="-final" if extra else "")
+        """Save the whole state at this point, with all ranks taking part.
 
-    def save_unranked(self, trainer: pl.Trainer, suffix: str = "") -> None:
+        Also where a save of the same step was tried and failed, or held weights only: a training is to go on from it.
+        """
+        with self._purpose(kind, **extra):
+            self.save_unranked(trainer, suffix="-final" if extra else "", weights_only=False)
+
+    def save_unranked(self, trainer: pl.Trainer, suffix: str = "", *, weights_only: bool) -> None:
         """Write ``step=N.ckpt``, which no metric ranks, and let older ones of its kind go."""
         assert self.dirpath is not None
         name = f"step={trainer.global_step}{suffix}.ckpt"
-        trainer.save_checkpoint(os.path.join(self.dirpath, name), self.save_weights_only)
+        trainer.save_checkpoint(os.path.join(self.dirpath, name), weights_only)
         self._unranked_step = trainer.global_step
         self._after_save(trainer)
 
@@ -337,10 +340,10 @@ class ElasticCheckpoint(ModelCheckpoint):
 
     def _after_save(self, trainer: pl.Trainer) -> None:
         self._cadence.saved(trainer.global_step)
-        if self._seals is not None and not self._seals.is_last_of_use:
-            return
-        self.saved_step, self.has_saved = trainer.global_step, True
-        if trainer.is_global_zero and self._seals is not None:
+        seals = self._seals
+        if seals is None or seals.is_last_of_use:
+            self.saved_step, self.has_saved = trainer.global_step, True
+        if trainer.is_global_zero and seals is not None and seals.last_failure is None:
             self._let_go(trainer)
 
     def _let_go(self, trainer: pl.Trainer) -> None:

@@ -66,7 +66,7 @@ class Seals:
         self.finite_check = True
         self.last_failure: str | None = None
         self.is_last_of_use = True
-        """Whether a training could go on from the newest save, as far as this rank knows: it is there, and finite."""
+        """Whether a training could go on from the newest save, as far as this rank knows: it is there, whole and finite."""
         self._put_off: dict[str, None] = {}
         strategy.save_checkpoint = self.save  # type: ignore[method-assign]
         strategy.remove_checkpoint = self.remove  # type: ignore[method-assign]
@@ -149,8 +149,8 @@ class Seals:
                 worker.ledger.write("save_failed", path=path, step=facts.step, error=error.message)
             return
         self.last_failure = None
-        self.is_last_of_use = facts.finite is not False
-        if not self.is_last_of_use and self._trainer.is_global_zero:
+        self.is_last_of_use = facts.finite is not False and not facts.extra.get("weights_only")
+        if facts.finite is False and self._trainer.is_global_zero:
             log.error("elastic-fit: %s holds NaN or Inf: it is kept to be looked at, and nothing goes on from it", path)
         seconds = time.monotonic() - began
         if worker is not None:
@@ -166,7 +166,7 @@ class Seals:
                     bytes=size,
                     seconds=round(seconds, 4),
                     stall_s=round(seconds, 4),
-                    **({} if self.is_last_of_use else {"finite": False}),
+                    **({"finite": False} if facts.finite is False else {}),
                 )
         self._put_off.pop(path, None)
         put_off, self._put_off = self._put_off, {}

@@ -138,6 +138,25 @@ def test_a_signal_to_any_rank_saves_on_one_step_and_all_end_with_75(
     assert trained == [str(number) for number in range(1, step + 4)]
 
 
+def test_a_stop_saves_the_whole_state_also_where_a_script_saves_weights_only(started) -> None:
+    body = """
+def fit(**options):
+    folder = HERE / "checkpoints"
+    saves = ElasticCheckpoint(dirpath=folder, save_weights_only=True, every_n_train_steps=1, resume="auto")
+    trainer(saves, Tell(), **{"enable_checkpointing": True, "max_epochs": 1, **options}).fit(Long())
+"""
+    ranks = started(body + "fit()\n", 1)
+    ranks.wait_for_training()
+    ranks.send(0, signal.SIGTERM)
+    assert ranks.codes() == [75], ranks.said()
+    step = ranks.step()
+    assert step >= 5
+    second = started(body + f"fit(max_steps={step + 3})\n", 1)
+    assert second.codes() == [0], second.said()
+    trained = (second.folder / "trained.notes").read_text().split()
+    assert trained == [str(number) for number in range(1, step + 4)]
+
+
 def test_a_signal_to_all_processes_also_to_those_that_read_the_data_saves_and_all_end_with_75(started) -> None:
     readers = """
 class Read(Long):
