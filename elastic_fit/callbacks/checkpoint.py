@@ -19,6 +19,7 @@ from elastic_fit.callbacks.companions import companions
 from elastic_fit.callbacks.emergency import StepGuard, rescue
 from elastic_fit.callbacks.epilogue import Epilogue
 from elastic_fit.callbacks.gate import Gate
+from elastic_fit.callbacks.latch import Told
 from elastic_fit.callbacks.loggers import pin_late
 from elastic_fit.callbacks.replicas import Replicas, agree
 from elastic_fit.callbacks.resume import approved, choose, sweep
@@ -372,7 +373,7 @@ class ElasticCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """This rank leaves because something failed, here or on another rank: save what is whole."""
         is_alone = session.current() is None and trainer.world_size == 1  # nobody survives anybody
-        is_told = isinstance(exception, SystemExit)
+        is_told = isinstance(exception, Told)
         is_ours = self.emergency and self.is_active and self._is_for_next_start(trainer)
         if self._is_off(trainer) or is_alone or is_told or not is_ours:
             super().on_exception(trainer, pl_module, exception)

@@ -18,7 +18,11 @@ from elastic_fit.supervisor.stop import STOP_SIGNALS
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
-class AtOnce(SystemExit):
+class Told(SystemExit):
+    """This process was told to stop, and leaves; a script's own SystemExit is a failure like any other."""
+
+
+class AtOnce(Told):
     """A person insists: this process ends now, wherever it is, as after the signal itself.
 
     Not a KeyboardInterrupt: Lightning makes an exit status of 1 of that.
@@ -125,7 +129,7 @@ class Latch:
         if is_told and not self.is_in_trainer and not self.is_leaving:
             self.is_leaving = True
             self._board[Word.LEFT_EARLY] = 1
-            raise SystemExit(int(Exit.TERMINATED))
+            raise Told(int(Exit.TERMINATED))
 
 
 def _write_arrivals_to(writer: int) -> None:

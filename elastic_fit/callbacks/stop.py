@@ -35,7 +35,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from elastic_fit.callbacks import _lightning, session
 from elastic_fit.callbacks import desk as desks
-from elastic_fit.callbacks.latch import AtOnce
+from elastic_fit.callbacks.latch import AtOnce, Told
 from elastic_fit.supervisor.agreement import STOP_KEY
 from elastic_fit.supervisor.board import StopMode, Word
 from elastic_fit.supervisor.errors import StorageError
@@ -98,7 +98,7 @@ class Stopper(Checkpoint):
         """Lightning tears nothing down for us then, and a script may catch it and go on. One that stops is leaving."""
         if isinstance(exception, AtOnce) and (launcher := trainer.strategy.launcher) is not None:
             launcher.kill(signal.SIGKILL)  # the ranks that Lightning has started from this process
-        if not isinstance(exception, SystemExit):
+        if not isinstance(exception, Told):
             self.teardown(trainer, pl_module, "")
 
     # boundaries
@@ -183,7 +183,7 @@ class Stopper(Checkpoint):
         # The device may be steps behind: without this, ranks would agree on a step that is far from what is computed.
         _lightning.synchronize(trainer)
         if self._desk.is_agreed(trainer, late=late):
-            raise SystemExit(self._save_and_tell(trainer, late=late))
+            raise Told(self._save_and_tell(trainer, late=late))
 
     def _within_accumulation(self, trainer: pl.Trainer) -> None:
         """Stop here only if the deadline comes before the accumulation's end and a save after it."""
