@@ -32,6 +32,7 @@ def _sized(init: Any) -> Any:
     def __init__(self: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         kwargs["devices"] = int(os.environ["LOCAL_WORLD_SIZE"])
         kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+        release.has_trainer = True
         if _nccl.leave_failures_to_us():
             release.trouble = _nccl.failure
         if kwargs.get("plugins"):

@@ -49,6 +49,8 @@ Where it can't, it says why if told that this is the last time it is asked.
 """
 gate: Gate | None = None
 """Before the optimizer's steps; set once a training runs on a device that has one."""
+has_trainer = False
+"""Whether the script has made a Trainer. That Lightning is imported says nothing: a warm server has it always."""
 trouble: Callable[[], str | None] | None = None
 """Says why collectives have failed; set where it is ours to look, and nobody else ends this process for it."""
 
@@ -150,7 +152,7 @@ def _is_ours(latch: Latch) -> bool:
 
     A script of another kind, or one that handles SIGTERM itself, may have things to do before it ends.
     """
-    return latch.is_installed and "lightning.pytorch" in sys.modules
+    return latch.is_installed and has_trainer
 
 
 def _leave_early(board: Board, latch: Latch) -> None:
