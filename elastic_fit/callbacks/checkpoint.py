@@ -331,12 +331,14 @@ class ElasticCheckpoint(ModelCheckpoint):
         """Write ``step=N.ckpt``, which no metric ranks, and let older ones of its kind go."""
         assert self.dirpath is not None
         name = f"step={trainer.global_step}{suffix}.ckpt"
-        trainer.save_checkpoint(os.path.join(self.dirpath, name), weights_only)
+        with Seals.of(trainer).timed():
+            trainer.save_checkpoint(os.path.join(self.dirpath, name), weights_only)
         self._unranked_step = trainer.global_step
         self._after_save(trainer)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        with Seals.of(trainer).timed():
+            super()._save_checkpoint(trainer, filepath)
         self._after_save(trainer)
 
     def _after_save(self, trainer: pl.Trainer) -> None:

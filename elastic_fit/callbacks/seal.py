@@ -66,8 +66,9 @@ class Seals:
         self.finite_check = True
         self.last_failure: str | None = None
         self.is_last_of_use = True
-        """Whether a training could go on from the newest save, as far as this rank knows: it is there, whole and finite."""
+        """Whether a training could go on from the newest save, as far as this rank knows: it is whole and finite."""
         self._put_off: dict[str, None] = {}
+        self._began_s: float | None = None
         strategy.save_checkpoint = self.save  # type: ignore[method-assign]
         strategy.remove_checkpoint = self.remove  # type: ignore[method-assign]
         setattr(strategy, _WRAPPED, self)
@@ -90,6 +91,15 @@ class Seals:
                 return store, absolute[len(root) + 1 :]
         return None
 
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """What is saved meanwhile has begun now, with the capture of the state; others' saves with their writing."""
+        self._began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began_s = None
+
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """What ``strategy.save_checkpoint`` does now."""
         place = self.store_of(filepath)
@@ -109,7 +119,7 @@ class Seals:
     def _save_sealed(
         self, checkpoint: dict[str, Any], store: CheckpointStore, name: str, storage_options: Any | None
     ) -> None:
-        began = time.monotonic()
+        began = self._began_s or time.monotonic()
         trainer = self._trainer
         facts = facts_of(trainer, self.purpose, checkpoint, store.branch)
         is_plain = _lightning.writes_plain_files(trainer.strategy)

@@ -279,7 +279,8 @@ def test_an_exception_on_all_ranks_at_once_is_rescued_once_and_counts_as_a_failu
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_script_that_ends_itself_with_an_error_in_a_hook_costs_no_step(elastic: Elastic, workers: int) -> None:
-    outcome = elastic("import sys\ntrainer(At(5, lambda: sys.exit(3), rank=0, hook='on_train_batch_start')).fit(Model())\n", workers=workers)
+    end = "lambda: sys.exit(3), rank=0, hook='on_train_batch_start'"
+    outcome = elastic(f"import sys\ntrainer(At(5, {end})).fit(Model())\n", workers=workers)
     assert outcome.code == 0, outcome.said
     assert {one["step"] for one in outcome.events("rescue")} == {5}
     assert outcome.notes("trained") == [str(step) for step in range(1, 17 if workers == 2 else 33)]

@@ -305,16 +305,24 @@ def test_a_stop_with_nan_in_the_state_says_that_nothing_new_is_saved(elastic: El
     assert second.events("resume")[-1]["step"] == 3
 
 
-def test_no_save_is_started_that_cannot_end_in_time(elastic: Elastic) -> None:
-    body = """
-import time
+SLOW_WRITE = """
 from elastic_fit.supervisor.store import Staged
 def slow(self, facts, commit=Staged.commit, **rest):
     time.sleep(1.0)
     return commit(self, facts, **rest)
 Staged.commit = slow
-trainer(At(5, told(to_launcher()))).fit(Model())
 """
+SLOW_CAPTURE = """
+class Captured(Model):
+    def on_save_checkpoint(self, checkpoint):
+        time.sleep(1.0)
+Model = Captured
+"""
+
+
+@pytest.mark.parametrize("slow", [SLOW_WRITE, SLOW_CAPTURE], ids=["write", "capture"])
+def test_no_save_is_started_that_cannot_end_in_time(elastic: Elastic, slow: str) -> None:
+    body = slow + "trainer(At(5, told(to_launcher()))).fit(Model())\n"
     first = elastic(TELL + body, "--checkpoint-steps", "4", "--grace", "1s")
     assert first.code == 143
     made = decision(first)
@@ -455,6 +463,35 @@ def test_a_signal_to_one_worker_during_its_imports_stops_the_run_and_restarts_no
     first = elastic(TELL + "if RANK == 1:\n    import time; to_me()(); time.sleep(60)\ntrainer().fit(Model())\n")
     assert first.code == 143
     assert len(first.events("workers_started")) == 1
+
+
+def test_a_script_without_a_trainer_that_computes_in_native_code_as_it_is_told_to_stop_ends_in_good_order(
+    elastic: Elastic,
+) -> None:
+    body = """
+import ctypes, threading
+from elastic_fit.callbacks import release, session
+
+def end_kernel():
+    told(lambda: None)()
+    time.sleep(4 * release.PATIENCE_S)
+    native.pthread_barrier_wait(kernel)
+
+native = ctypes.CDLL(None)
+kernel = ctypes.create_string_buffer(64)
+native.pthread_barrier_init(kernel, None, 2)
+threading.Thread(target=end_kernel).start()
+try:
+    to_launcher()()
+    native.pthread_barrier_wait(kernel)
+    time.sleep(60)
+finally:
+    note("saved", "by itself")
+"""
+    first = elastic(TELL + body, workers=1)
+    assert first.code == 143
+    assert first.notes("saved") == ["by", "itself"]
+    assert grace_taken_s(first) < 20
 
 
 TEARS_DOWN = """
