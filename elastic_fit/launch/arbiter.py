@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from elastic_fit.supervisor.errors import ElasticFitError, StorageError
+from elastic_fit.supervisor.roster import Roster
 
 KEEP_VERSIONS = 64
 """Old versions of the roster that stay in the folder, for people to read."""
@@ -32,6 +33,9 @@ class Arbiter(Protocol):
     def read(self) -> tuple[int, bytes] | None:
         """The newest version and its document, or None where there is none."""
 
+    def where(self, version: int) -> str:
+        """Where a person finds that version."""
+
     def store(self, version: int, document: bytes) -> bool:
         """Store `document` as `version` if that is the next one and nobody has; says whether this call did."""
 
@@ -43,6 +47,19 @@ class Arbiter(Protocol):
 
     def forget(self, node: str) -> None:
         """Remove a node's counter."""
+
+
+def roster_of(arbiter: Arbiter, found: tuple[int, bytes]) -> Roster:
+    """What `Arbiter.read` has found there. Raises StorageError where that is no roster."""
+    version, document = found
+    try:
+        return Roster.parse(document)
+    except ValueError as error:
+        raise StorageError(
+            f"what the nodes have agreed on last can't be read: {arbiter.where(version)}: {error}",
+            hint="another version of elastic-fit may have written it; else, once no node of the job lives any more, "
+            "delete it and start the job again: no checkpoint is in there",
+        ) from error
 
 
 class FolderArbiter:
@@ -93,6 +110,10 @@ class FolderArbiter:
                     return self._newest
                 except FileNotFoundError:
                     continue  # pruned since: then there are newer ones
+
+    def where(self, version: int) -> str:
+        """See `Arbiter`."""
+        return str(self._file(version))
 
     def store(self, version: int, document: bytes) -> bool:
         """See `Arbiter`."""

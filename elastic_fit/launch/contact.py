@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
-from elastic_fit.launch.arbiter import Arbiter, ArbiterLost
+from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, roster_of
 from elastic_fit.supervisor.pulse import Pulse
 from elastic_fit.supervisor.roster import Roster
 from elastic_fit.supervisor.view import Bounds
@@ -60,6 +60,8 @@ class Contact:
         """The version that the first look found; 0 is none at all."""
         self.failure: ArbiterLost | None = None
         """Why the arbiter did not answer the last time, if it didn't."""
+        self.broken: Exception | None = None
+        """What has ended the looks for good, if anything but `close` did."""
         self._thread = threading.Thread(target=self._run, name="elastic-fit-arbiter", daemon=True)
         self._thread.start()
 
@@ -68,10 +70,13 @@ class Contact:
         self._wake.set()
 
     def propose(self, roster: Roster) -> Future[bool]:
-        """Store `roster`; the future says whether it was stored, or raises ArbiterLost."""
+        """Store `roster`; the future says whether it was stored, or raises ArbiterLost, or what `broken` is."""
         answer: Future[bool] = Future()
         with self._lock:
-            self._proposals.append((roster, answer))
+            if self.broken is not None:
+                answer.set_exception(self.broken)
+            else:
+                self._proposals.append((roster, answer))
         self._wake.set()
         return answer
 
@@ -86,6 +91,17 @@ class Contact:
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
+        try:
+            self._keep_looking()
+        except Exception as error:  # noqa: BLE001 - handed to the agent's thread, which raises it
+            with self._lock:
+                self.broken = error
+                for _, answer in self._proposals:
+                    answer.set_exception(error)
+                self._proposals.clear()
+            self._notify()
+
+    def _keep_looking(self) -> None:
         while not self._closed:
             self._wake.clear()
             began = self._clock()
@@ -112,7 +128,7 @@ class Contact:
                 roster, answer = self._proposals.pop(0)
             try:
                 answer.set_result(self._arbiter.store(roster.version, roster.to_bytes()))
-            except ArbiterLost as error:
+            except Exception as error:
                 answer.set_exception(error)
                 raise
 
@@ -127,5 +143,5 @@ class Contact:
         if self.first_version is None:
             self.first_version = found[0] if found else 0
         if found is not None and (self.roster is None or found[0] > self.roster.version):
-            self.roster = Roster.parse(found[1])
+            self.roster = roster_of(self._arbiter, found)
         self.answered_s = began

@@ -68,6 +68,10 @@ class EtcdArbiter:
             self._index = (version, int(found.modifiedIndex))
             return version, document
 
+    def where(self, version: int) -> str:
+        """See `Arbiter`."""
+        return f"version {version} of {self._key}"
+
     def store(self, version: int, document: bytes) -> bool:
         """See `Arbiter`."""
         with self._as_lost():

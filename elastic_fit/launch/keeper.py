@@ -104,7 +104,7 @@ class Keeper:
             os.write(self._wake_w, b"\0")
 
     def store(self, roster: Roster, timeout_s: float) -> bool:
-        """Store `roster` and wait for the answer. Raises ArbiterLost."""
+        """Store `roster` and wait for the answer. Raises ArbiterLost, StorageError."""
         try:
             stored = self._contact.propose(roster).result(timeout_s)
         except Late as error:
@@ -166,6 +166,8 @@ class Keeper:
             self._links.poll(self.bounds.beat_s / 2)
             self._drain()
             now = self._listening.tick(self._clock())
+            if self._contact.broken is not None:
+                raise self._contact.broken
             if self._contact.first_version is None:
                 if now - self._heard_arbiter_s >= self.bounds.patience_s:
                     raise self._contact.failure or ArbiterLost(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
+from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter, roster_of
 from elastic_fit.launch.closing import close, tally
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.names import address_of, interface_of, is_free, is_here, look_up
@@ -102,12 +102,13 @@ def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> Roste
 
 
 def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
-    """What the job in this folder has agreed on last, if there ever was one. Raises ArbiterLost."""
+    """What the job in this folder has agreed on last, if there ever was one. Raises ArbiterLost and StorageError."""
     if not folder.is_run():
         return None
     name = run_name(rdzv_id(invocation), folder.read_identity())
-    found = arbiter_of(invocation, folder, name).read()
-    return Roster.parse(found[1]) if found is not None else None
+    arbiter = arbiter_of(invocation, folder, name)
+    found = arbiter.read()
+    return roster_of(arbiter, found) if found is not None else None
 
 
 def _has_begun(folder: RunDir, invocation: Invocation, *, is_shared: bool) -> bool:

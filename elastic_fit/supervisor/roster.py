@@ -120,7 +120,7 @@ class Roster:
             record["leading"] = Profile.parse(record["leading"]) if record["leading"] else None
             record["lost"] = tuple(record["lost"])
             return cls(**record)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a roster: {error!r}") from error
 
     def seats(self, node: str) -> bool:

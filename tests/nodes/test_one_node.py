@@ -176,3 +176,31 @@ def test_address_that_no_other_node_could_dial_is_refused_before_anything_is_mad
     assert outcome.code == 2
     assert f"--local-addr {address} is no IPv4 address" in outcome.said
     assert not outcome.run.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"schema": 2}'])
+def test_roster_that_is_not_readable_ends_the_command_with_its_name_and_is_left_as_it_is(
+    launched: Launched, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    broken = tmp_path / "run" / "membership" / "rosters" / "7.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text(text)
+    outcome = launched("--nnodes", "1:2", str(tmp_path / "train.py"))
+    assert outcome.code == 74, outcome.said
+    assert f"what the nodes have agreed on last can't be read: {broken}: " in outcome.said
+    assert "hint: another version of elastic-fit may have written it" in outcome.said
+    assert broken.read_text() == text
+
+
+@pytest.mark.slow
+def test_roster_that_is_overwritten_while_the_job_runs_ends_it_with_the_storages_status(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    job = start(folder, "1:4", 100_000)
+    steps = folder / "steps.jsonl"
+    wait_until(lambda: steps.exists() and steps.read_text().count("\n") > 10, 60)
+    (folder / "run" / "membership" / "rosters" / "1000.json").touch()
+    _, text = job.communicate(timeout=60)
+    assert job.returncode == 74, text
+    assert "1000.json: " in text
+    assert "Traceback" not in text
