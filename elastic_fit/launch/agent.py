@@ -20,7 +20,7 @@ from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup, Work
 from elastic_fit.launch._torchelastic import Result, TorchelasticAgent
 from elastic_fit.launch.attempt import Attempt, Program, WorkerPlan
 from elastic_fit.launch.recovery import Recovery, seconds
-from elastic_fit.launch.stopping import Ears, Latch
+from elastic_fit.launch.stopping import Ears, Latch, Orders
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.board import StopMode, Word
 from elastic_fit.supervisor.context import ResumePoint
@@ -81,8 +81,8 @@ class Effects:
     """What to start one worker with, in a given attempt."""
     seconds_left: Callable[[], float | None] = lambda: None
     """What whoever stops the run leaves it; None where that isn't known."""
-    stop_order: Path | None = None
-    """Where ``elastic-fit stop`` leaves its order."""
+    stop_orders: Orders | None = None
+    """Those of ``elastic-fit stop``."""
     stop_file: Path | None = None
     """A file whose appearance asks to stop."""
     now_ns: Callable[[], int] = time.monotonic_ns
@@ -130,7 +130,7 @@ class ElasticAgent(TorchelasticAgent):
         self._ears = Ears(
             effects.latch,
             limits.grace_s,
-            order=effects.stop_order,
+            orders=effects.stop_orders,
             file=effects.stop_file,
             now_ns=effects.now_ns,
         )

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.names import address_of, interface_of, is_free, is_here, look_up
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
+from elastic_fit.launch.stopping import Orders
 from elastic_fit.launch.waits import Waits
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.ledger import Ledger, read
@@ -181,6 +182,10 @@ class _Node:
     _start: JobStart | None = None
     _generation: int = 0
     """The newest that this node has taken, as a round's leader."""
+    _orders: Orders = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._orders = Orders(self.folder.stop_order)
 
     def run(self) -> Status:
         from elastic_fit.launch.signals import SignalLatch
@@ -296,7 +301,7 @@ class _Node:
             select_resume=chooser,
             plan=self._planner(rendezvous),
             seconds_left=self._start.seconds_left if self._start is not None else lambda: None,
-            stop_order=self.folder.stop_order,
+            stop_orders=self._orders,
             stop_file=self.invocation.stop_file,
         )
         return ClusterAgent(

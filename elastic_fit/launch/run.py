@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_fit.launch.closing import close, tally
 from elastic_fit.launch.resume import ResumeChooser
+from elastic_fit.launch.stopping import Orders
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.exits import Exit as Status
@@ -107,6 +108,10 @@ class _Launch:
     folder: RunDir
     identity: Identity
     lease: Lease
+    _orders: Orders = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._orders = Orders(self.folder.stop_order)
 
     def run(self) -> Status:
         from elastic_fit.launch.planner import Planner
@@ -149,7 +154,7 @@ class _Launch:
             observer=self.console,
             select_resume=chooser,
             plan=planner,
-            stop_order=self.folder.stop_order,
+            stop_orders=self._orders,
             stop_file=self.invocation.stop_file,
         )
         return ElasticAgent(

@@ -73,13 +73,38 @@ class Order:
             return cls(id="", by=f"the file {path}")
 
 
+class Orders:
+    """Where ``elastic-fit stop`` leaves its order.
+
+    To be made before anybody can see that a launcher is there: what is there by then was meant for an earlier start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._old = self._heard = _identity(path)
+
+    def take(self) -> Order | None:
+        """The order that has come since the last call."""
+        found = _identity(self._path)
+        if found in (None, self._heard):
+            return None
+        self._heard = found
+        return Order.read(self._path)
+
+    def forget(self) -> None:
+        """Take away what has come, so that it doesn't stop the next start."""
+        if _identity(self._path) != self._old:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+
 class Ears:
     """All that may ask this node to stop.
 
     Args:
         latch: signals to the launcher.
         grace_s: how long a stop may take.
-        order: where ``elastic-fit stop`` leaves its order. One that is there already was meant for an earlier start.
+        orders: of ``elastic-fit stop``.
         file: a file whose appearance asks to stop (``--stop-file``).
         now_ns: CLOCK_MONOTONIC.
     """
@@ -89,17 +114,16 @@ class Ears:
         latch: Latch,
         grace_s: float,
         *,
-        order: Path | None = None,
+        orders: Orders | None = None,
         file: Path | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._latch = latch
         self._grace_s = grace_s
-        self._order = order
+        self._orders = orders
         self._file = file
         self._now_ns = now_ns
         self._looked_ns = now_ns() - int(LOOK_S * 1e9)
-        self._old_order = self._heard_order = _identity(order)
         self._has_heard_file = False
 
     def fileno(self) -> int:
@@ -114,10 +138,9 @@ class Ears:
         return [*self._signals(), *self._workers(boards), *self._files()]
 
     def forget(self) -> None:
-        """The run has ended: take the order away, so that it doesn't stop the next one."""
-        if self._order is not None and _identity(self._order) != self._old_order:
-            with contextlib.suppress(OSError):
-                self._order.unlink()
+        """The run has ended: what asked it to stop must not stop the next one."""
+        if self._orders is not None:
+            self._orders.forget()
 
     def _signals(self) -> Iterator[StopRequest]:
         for number in self._latch.take():
@@ -149,10 +172,8 @@ class Ears:
         if now - self._looked_ns < LOOK_S * 1e9:
             return
         self._looked_ns = now
-        if self._order is not None and (found := _identity(self._order)) not in (None, self._heard_order):
-            self._heard_order = found
-            if (order := Order.read(self._order)) is not None:
-                yield self._from("command", order.by, save=order.save, id_=order.id)
+        if self._orders is not None and (order := self._orders.take()) is not None:
+            yield self._from("command", order.by, save=order.save, id_=order.id)
         if self._file is not None and not self._has_heard_file and self._file.exists():
             self._has_heard_file = True
             yield self._from("file", f"the file {self._file}")
@@ -163,10 +184,8 @@ class Ears:
         )
 
 
-def _identity(path: Path | None) -> tuple[int, int] | None:
+def _identity(path: Path) -> tuple[int, int] | None:
     """Which file is there, or None."""
-    if path is None:
-        return None
     try:
         found = path.stat()
     except OSError:

@@ -12,8 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from elastic_fit.launch.commands.stop import is_running
 from elastic_fit.launch.nursery import QUIET_SIGNALS
+from elastic_fit.launch.stopping import Order
 from elastic_fit.launch.workers import Nursery
+from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.rundir import RunDir
 from tests.launching import Elastic
 
 COMMAND = str(Path(sys.executable).with_name("elastic-fit"))
@@ -39,6 +43,24 @@ def test_signal_to_every_process_of_a_launcher_that_still_imports_ends_it_in_goo
     assert launcher.returncode == 143, said
     assert "SIGUSR1: saving and stopping" in said
     assert "nothing was to be started" not in said
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_an_order_to_stop_is_heard_as_soon_as_the_command_sees_a_launcher(tmp_path: Path, nodes: str) -> None:
+    (tmp_path / "train.py").write_text("import time; time.sleep(60)")
+    launcher = subprocess.Popen([COMMAND, "--nnodes", nodes, "--run-dir", "run", "train.py"], cwd=tmp_path)
+    try:
+        folder = RunDir(tmp_path / "run")
+        while not folder.events.exists() or not is_running(read(folder.events)):
+            time.sleep(0.01)
+        order = Order.by_this_user(save=True)
+        order.leave(folder.stop_order)
+        assert launcher.wait(60) == 143
+    finally:
+        launcher.kill()
+    (asked,) = (one for one in read(folder.events) if one.event == "stop_requested")
+    assert asked["id"] == order.id
+    assert not folder.stop_order.exists()
 
 
 @pytest.mark.parametrize("number", QUIET_SIGNALS)

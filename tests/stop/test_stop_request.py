@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from elastic_fit.callbacks.notice import Notices
-from elastic_fit.launch.stopping import Ears, Order
+from elastic_fit.launch.stopping import Ears, Order, Orders
 from elastic_fit.supervisor.board import NOTICED, Board, StopMode, Word
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.stop import Answer, StopRequest, answer, weigh
@@ -71,7 +71,7 @@ def test_a_save_that_cannot_end_in_time_is_not_started_unless_nothing_else_is_th
 
 def ears(folder: Path, **extra: object) -> Ears:
     times = iter(range(0, 1_000_000_000_000, 1_000_000_000))
-    return Ears(ScriptedLatch(), 30.0, order=folder / "stop", now_ns=lambda: next(times), **extra)  # type: ignore[arg-type]
+    return Ears(ScriptedLatch(), 30.0, orders=Orders(folder / "stop"), now_ns=lambda: next(times), **extra)  # type: ignore[arg-type]
 
 
 def test_an_order_left_for_an_earlier_start_stops_nothing_and_a_new_one_is_heard_once(tmp_path: Path) -> None:
