@@ -10,10 +10,15 @@ import selectors
 import struct
 import termios
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_fit.launch.outlet import Outlet
+
 CHUNK_BYTES = 1 << 16
+PATIENCE_S = 30.0
+"""How long a console that nobody reads (a pager that waits, a terminal that is stopped) holds the workers up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +34,9 @@ class Route:
 
 
 class _Stream:
-    def __init__(self, route: Route, source: int) -> None:
+    def __init__(self, route: Route, source: int, console: Outlet | None) -> None:
         self.source = source
-        self._console = route.console
+        self._console = console
         self._prefix = route.prefix.encode()
         self._path = route.log
         self._log: int | None = None
@@ -77,9 +82,7 @@ class _Stream:
         if self._prefix:
             *lines, self._line = (self._line + data).split(b"\n")
             data = b"".join(self._prefix + line + b"\n" for line in lines)
-        # A console that has gone away (a closed pipe or terminal) must not end the training.
-        with contextlib.suppress(OSError):
-            _write_all(self._console, data)
+        self._console.write(data)
 
     def close(self) -> None:
         os.close(self.source)
@@ -88,11 +91,19 @@ class _Stream:
 
 
 class Streams:
-    """Copies the output of an attempt's workers in a thread of its own."""
+    """Copies the output of an attempt's workers in a thread of its own.
 
-    def __init__(self) -> None:
+    Args:
+        patience_s: how long a console that nobody reads may hold them up; what is lost there is in the files.
+    """
+
+    def __init__(self, *, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._selector = selectors.DefaultSelector()
         self._thread: threading.Thread | None = None
+        self._consoles: dict[int, Outlet] = {}
+        self._copied = 0
+        self._ran_dry = 0
 
     def open(self, route: Route) -> int:
         """A descriptor for a worker to write to; a terminal where the console is one, so that progress bars work."""
@@ -100,8 +111,15 @@ class Streams:
             source, sink = _terminal_like(route.console)
         else:
             source, sink = os.pipe()
-        self._selector.register(source, selectors.EVENT_READ, _Stream(route, source))
+        self._selector.register(source, selectors.EVENT_READ, _Stream(route, source, self._outlet(route.console)))
         return sink
+
+    def _outlet(self, console: int | None) -> Outlet | None:
+        if console is None:
+            return None
+        if console not in self._consoles:
+            self._consoles[console] = Outlet(console, patience_s=self._patience_s)
+        return self._consoles[console]
 
     def start(self) -> None:
         """Begin to copy. All streams must have been opened."""
@@ -110,16 +128,33 @@ class Streams:
 
     def _pump(self) -> None:
         while self._selector.get_map():
-            for key, _ in self._selector.select():
+            ready = self._selector.select(0)
+            if not ready:
+                self._ran_dry += 1
+                ready = self._selector.select()
+            for key, _ in ready:
                 stream: _Stream = key.data
+                self._copied += 1
                 if not stream.copy():
                     self._selector.unregister(stream.source)
                     stream.close()
+        for console in self._consoles.values():
+            console.close()
 
-    def finish(self, timeout_s: float = 2.0) -> None:
-        """Wait until all output of the ended workers is copied, at most so long."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+    def finish(self, stalled_s: float = 2.0, most_s: float = 30.0) -> None:
+        """Wait until all output of the ended workers is copied, at most `most_s`, and only while it goes on.
+
+        That it once was gives it away, too: who writes after that has outlived them.
+        """
+        until = time.monotonic() + most_s
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < until:
+            before, ran_dry = self._progress(), self._ran_dry
+            self._thread.join(stalled_s)
+            if self._progress() == before or self._ran_dry != ran_dry:
+                return
+
+    def _progress(self) -> int:
+        return self._copied + sum(console.shown_bytes for console in self._consoles.values())
 
 
 def _terminal_like(console: int) -> tuple[int, int]:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from elastic_fit.launch.signals import SignalLatch
 from elastic_fit.launch.streams import Route, Streams
@@ -118,3 +124,117 @@ def test_log_says_what_it_lacks_when_the_disk_has_room_again(tmp_path: Path) -> 
     assert kept == b"k" * 900 + b"x" * 100
     assert gap == b"[elastic-fit: 400 bytes are missing here: the disk refused them]"
     assert more == b"more\n"
+
+
+BYTES = 300_000
+"""More than the pipes on the way hold."""
+
+
+def in_thread(act: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def write_all_and_close(sink: int) -> None:
+    with open(sink, "wb") as file:
+        file.write(b"x" * BYTES)
+
+
+def is_full(writer: int) -> bool:
+    return not select.select([], [writer], [], 0)[1]
+
+
+def comes(reader: int, within_s: float = 10.0) -> bool:
+    return bool(select.select([reader], [], [], within_s)[0])
+
+
+def test_console_that_would_block_is_waited_for(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    streams.start()
+    in_thread(lambda: write_all_and_close(sink))
+    wait_until(lambda: is_full(writer))
+    shown = 0
+    while shown < BYTES and comes(reader):
+        shown += len(os.read(reader, BYTES))
+    assert shown == BYTES
+    streams.finish()
+
+
+def test_slow_reader_is_waited_for_at_the_end_while_it_reads(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    streams.start()
+    seen = []
+
+    def read_slowly() -> None:
+        while data := os.read(reader, 4096):
+            seen.append(data)
+            time.sleep(0.01)  # so that all of it takes longer than a reader who doesn't read is waited for
+
+    reading = in_thread(read_slowly)
+    writing = in_thread(lambda: write_all_and_close(sink))
+    writing.join()
+    streams.finish(stalled_s=0.1)
+    os.close(writer)
+    reading.join()
+    assert len(b"".join(seen)) == BYTES
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_console_that_nobody_reads_holds_no_worker_up_and_says_later_what_it_lacks(
+    tmp_path: Path, is_terminal: bool
+) -> None:
+    reader, writer = pty.openpty() if is_terminal else os.pipe()
+    streams = Streams(patience_s=0.1)
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    with open(os.dup(sink), "wb", buffering=0) as worker:
+        streams.start()
+        in_thread(lambda: write_all_and_close(sink)).join(30)
+        wait_until(lambda: (tmp_path / "log").stat().st_size == BYTES)
+        shown = b""
+        while comes(reader, within_s=0.2):
+            shown += os.read(reader, BYTES)
+        assert 0 < len(shown) < BYTES
+        worker.write(b"here again\n")
+        while b"here again" not in shown and comes(reader):
+            shown += os.read(reader, BYTES)
+    missing = BYTES - shown.count(b"x")
+    assert f"[elastic-fit: {missing} bytes could not be shown here]" in shown.decode()
+    streams.finish()
+
+
+def test_end_does_not_wait_for_a_reader_who_does_not_read(tmp_path: Path) -> None:
+    _, writer = os.pipe()
+    streams = Streams(patience_s=60)
+    sink = streams.open(Route(log=tmp_path / "log", console=writer))
+    streams.start()
+    in_thread(lambda: write_all_and_close(sink))
+    wait_until(lambda: is_full(writer))
+    began = time.monotonic()
+    streams.finish(stalled_s=0.1)
+    assert time.monotonic() - began < 20
+
+
+def test_end_does_not_wait_for_one_who_outlives_the_workers_and_goes_on_writing(tmp_path: Path) -> None:
+    streams = Streams()
+    sink = streams.open(Route(log=tmp_path / "log", console=None))
+    streams.start()
+    ends = threading.Event()
+
+    def write_on() -> None:
+        while not ends.wait(0.01):
+            os.write(sink, b"still here\n")
+
+    writing = in_thread(write_on)
+    began = time.monotonic()
+    streams.finish(stalled_s=0.1, most_s=60)
+    assert time.monotonic() - began < 20
+    ends.set()
+    writing.join()
+    os.close(sink)
+    streams.finish()
