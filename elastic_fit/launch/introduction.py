@@ -61,17 +61,23 @@ def is_anybody_there(roster: Roster) -> bool:
     return any(found is not None and found.node == one.node for one in known for found in [ask(one.address, one.port)])
 
 
-def roster_at_work(arbiter: Arbiter) -> Roster | None:
-    """What the nodes of a job that is under way agree on there; None where there is no such job, or all have died.
+def open_roster(arbiter: Arbiter) -> Roster | None:
+    """What the nodes of a job agree on there that has not been closed; None where there is none, or it makes no sense.
 
-    What makes no sense is no job's. Raises ArbiterLost where that can't be asked.
+    Raises ArbiterLost where that can't be asked.
     """
     found = arbiter.read()
     try:
         roster = Roster.parse(found[1]) if found is not None else None
     except ValueError:
         return None
-    return roster if roster is not None and roster.phase is not Phase.CLOSED and is_anybody_there(roster) else None
+    return roster if roster is not None and roster.phase is not Phase.CLOSED else None
+
+
+def roster_at_work(arbiter: Arbiter) -> Roster | None:
+    """`open_roster` of a job of which a node answers; None where all have died. Raises ArbiterLost."""
+    roster = open_roster(arbiter)
+    return roster if roster is not None and is_anybody_there(roster) else None
 
 
 def introduce(

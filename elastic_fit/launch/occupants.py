@@ -8,6 +8,7 @@ from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.supervisor.errors import RunIsHeld, StorageError
 from elastic_fit.supervisor.ledger import Event, read
 from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store.sharing import is_shared
 
 
 def keep_out_of_jobs(folder: RunDir) -> None:
@@ -27,10 +28,10 @@ def nodes_at_work(folder: RunDir) -> list[str]:
     """
     try:
         for arbiter in _arbiters(folder):
-            from elastic_fit.launch.introduction import roster_at_work  # imports torch
+            from elastic_fit.launch.introduction import is_anybody_there, open_roster  # imports torch
 
-            roster = roster_at_work(arbiter)
-            if roster is not None:
+            roster = open_roster(arbiter)
+            if roster is not None and (is_shared(folder) or is_anybody_there(roster)):
                 gathering = [roster.leading] if roster.leading is not None else []
                 return [one.name for one in roster.members or gathering]
     except ArbiterLost as error:

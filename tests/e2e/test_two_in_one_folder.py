@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch.arbiter import FolderArbiter
+from elastic_fit.supervisor.roster import Phase, Profile, Roster
 from elastic_fit.supervisor.rundir import RunDir
-from elastic_fit.supervisor.store import CheckpointStore
+from elastic_fit.supervisor.store import CheckpointStore, share
 from tests.launching import Elastic, Outcome
+from tests.nodes.etcd import EtcdServer
 
 
 def second_while_first_trains(elastic: Elastic, tmp_path: Path, first: tuple[str, ...], *second: str) -> Outcome:
@@ -42,6 +45,35 @@ def test_one_node_alone_does_not_start_where_a_job_of_several_nodes_trains(
     assert told.startswith("exit 74: elastic-fit: error: the run")
     assert f"is going on as a job of several nodes: {os.uname().nodename}" in told
     assert "hint: the job's own command, with its --nnodes, joins it" in told
+
+
+def test_a_job_whose_node_is_too_busy_to_answer_is_named_as_long_as_it_lives(elastic: Elastic, tmp_path: Path) -> None:
+    folder = RunDir(tmp_path / "run")
+    node = share(folder)
+    folder.create(command=["test"])
+    busy = Profile(node="h1-1", name="h1", address="127.0.0.1", port=1, workers=1)
+    roster = Roster(version=1, phase=Phase.RUNNING, round=1, generation=1, leader="h1-1", members=(busy,))
+    assert FolderArbiter(folder.membership).store(1, roster.to_bytes())
+    refused = elastic("trainer(max_epochs=1).fit(Model())\n", workers=1)
+    assert refused.code == 74
+    assert "is going on as a job of several nodes: h1" in refused.said
+    node.release()
+    assert elastic("trainer(max_epochs=1).fit(Model())\n", workers=1).code == 0
+
+
+@pytest.mark.system
+def test_a_job_that_agrees_over_etcd_is_seen_and_needs_no_server_once_it_has_ended(
+    elastic: Elastic, tmp_path: Path
+) -> None:
+    etcd = EtcdServer(tmp_path)
+    etcd.start()
+    try:
+        over_etcd = ("--rdzv-backend", "etcd-v2", "--rdzv-endpoint", f"127.0.0.1:{etcd.port}")
+        second_while_first_trains(elastic, tmp_path, ("--nnodes", "1:2", *over_etcd))
+    finally:
+        etcd.kill()
+    assert "is going on as a job of several nodes" in (tmp_path / "second").read_text()
+    assert elastic("trainer(max_epochs=1).fit(Model())\n", workers=1).code == 0
 
 
 @pytest.mark.parametrize("fresh", [(), ("--fresh",)])

@@ -35,6 +35,11 @@ class Share:
     _descriptor: int | None
     """The lock's file, open; None on a file system that knows no locks."""
 
+    def forget_the_dead(self) -> None:
+        """Nobody has the run alone: who is named in the lock's file as its holder is gone."""
+        if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)
+
     def release(self) -> None:
         """Let go."""
         if self._descriptor is not None:
@@ -52,6 +57,8 @@ def share(folder: RunDir) -> Share:
         folder.make()
         try:
             taken = _try(folder.lock)
+            if taken is not None:
+                taken.forget_the_dead()
         except FileNotFoundError:
             continue  # the folder was moved aside meanwhile
         except OSError as error:
@@ -61,6 +68,19 @@ def share(folder: RunDir) -> Share:
         if read_holder(folder.lock) is not None or time.monotonic() >= until:
             raise refusal(folder)
         time.sleep(PAUSE_S)
+
+
+def is_shared(folder: RunDir) -> bool:
+    """Whether nodes live that have a share of the run; False also where that can't be told."""
+    try:
+        for how in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+            taken = _try(folder.lock, how, make=False)
+            if taken is not None:
+                taken.release()
+                return how == fcntl.LOCK_SH
+    except OSError:
+        pass  # no lock, or none of ours to look at: whoever takes it is told
+    return False
 
 
 def start_over(folder: RunDir, has_begun: Callable[[bool], bool]) -> Path | None:
@@ -97,17 +117,17 @@ def start_over(folder: RunDir, has_begun: Callable[[bool], bool]) -> Path | None
     return None
 
 
-def _try(lock: Path, how: int = fcntl.LOCK_SH) -> Share | None:
+def _try(lock: Path, how: int = fcntl.LOCK_SH, *, make: bool = True) -> Share | None:
     """A share of what is the lock at that path by now, or all of it; None where others keep that from us.
 
     Raises FileNotFoundError where its folder was moved aside meanwhile.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+    descriptor = os.open(lock, flags, 0o600)
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(descriptor), os.stat(lock)):
             raise FileNotFoundError(errno.ENOENT, "moved aside", str(lock))
-        os.ftruncate(descriptor, 0)  # nobody else has it alone: who is named there is gone
     except OSError as error:
         os.close(descriptor)
         if error.errno in NO_LOCKS:
