@@ -32,6 +32,9 @@ NONSENSE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, Recu
 REDIAL_S = 0.5
 """Pause between attempts to reach a peer; an attempt that takes longer than `DIAL_S` is given up."""
 DIAL_S = 1.0
+OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PAUSE_S = 0.5
+"""How long nobody is let in after this process could open no more files, or the system had no memory for it."""
 DOUBT_S = 1.5
 """A link that was quiet for so long is dialed anew beside the old one: after a short cut TCP alone may stay silent."""
 
@@ -77,6 +80,8 @@ class Links:
         _allow_many_connections()
         self._listener = socket.create_server((address, port), backlog=1024)
         self._listener.setblocking(False)
+        self._paused_s: float | None = None
+        """Since when nobody is let in."""
         self._selector.register(self._listener, selectors.EVENT_READ)
         self.port: int = self._listener.getsockname()[1]
         self.known: dict[str, Contacted] = {}
@@ -149,6 +154,9 @@ class Links:
     def poll(self, timeout_s: float) -> bool:
         """Hear what has come, waiting at most so long; says whether there was anything new."""
         news = False
+        if self._paused_s is not None and self._clock() - self._paused_s >= PAUSE_S:
+            self._paused_s = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
         for key, mask in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
                 self._accept()
@@ -162,7 +170,8 @@ class Links:
         """Hang up and stop listening."""
         for connection in list(self._connections):
             self._drop(connection)
-        self._selector.unregister(self._listener)
+        if self._paused_s is None:
+            self._selector.unregister(self._listener)
         self._listener.close()
         self._selector.close()
 
@@ -170,7 +179,12 @@ class Links:
         while True:
             try:
                 sock, _ = self._listener.accept()
-            except OSError:
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_MEANS:  # who waits there still will keep the listener readable
+                    self._paused_s = self._clock()
+                    self._selector.unregister(self._listener)
                 return
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

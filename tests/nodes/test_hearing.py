@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from elastic_fit.launch.introduction import DIAL_S, ask
-from elastic_fit.launch.links import Links
+from elastic_fit.launch.links import PAUSE_S, Links
 from elastic_fit.supervisor.hearing import Heard
 from elastic_fit.supervisor.roster import Profile
 from elastic_fit.supervisor.view import Bounds, is_gone
@@ -156,3 +158,37 @@ def test_host_that_answers_with_nonsense_is_no_agent(sent: bytes) -> None:
         assert ask("127.0.0.1", server.getsockname()[1]) is None
         assert time.monotonic() - began < DIAL_S, "it has not waited for more"
         thread.join()
+
+
+@pytest.fixture
+def no_more_files() -> Iterator[Callable[[], None]]:
+    """From its call on, this process can open nothing more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def exhaust() -> None:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+
+    yield exhaust
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_node_that_can_open_no_more_files_hears_its_peers_still_and_lets_others_wait(
+    links: Links, clock: Clock, no_more_files: Callable[[], None]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    peer = Connection(links)
+    with socket.socket() as newcomer:
+        no_more_files()
+        newcomer.connect(("127.0.0.1", links.port))
+        newcomer.sendall(json.dumps({"to": ME.node, "profile": asdict(replace(PEER, node="h3-1"))}).encode() + b"\n")
+        links.poll(5.0)
+        began = time.monotonic()
+        links.poll(0.3)
+        assert time.monotonic() - began >= 0.3, "it waits, rather than try again at once"
+        peer.state(1, version=5)
+        assert known(links).version == 5
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        clock.now_s += PAUSE_S
+        wait_until(lambda: (links.poll(0.1), links.is_up("h3-1"))[1], 5)
