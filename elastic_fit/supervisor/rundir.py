@@ -87,18 +87,44 @@ class RunDir:
             ) from error
 
     def is_unused(self) -> bool:
-        """Whether there is nothing in it that could be missed: it isn't there, is empty, or was just made."""
-        if self.is_run():
+        """Whether there is nothing in it that could be missed: it isn't there, is empty, or was just made.
+
+        Raises UsageError where that can't be looked at.
+        """
+        names = self._names()
+        return self.identity.name not in names and self._is_bare(names)
+
+    def check_is_run(self) -> None:
+        """Raise UsageError where it is somebody's folder, and no run's: that is not moved out of the way.
+
+        One look decides: other nodes may move an earlier run away, and begin the new one, at any moment.
+        """
+        names = self._names()
+        if self.identity.name not in names and not self._is_bare(names) and not self.is_run():
+            raise UsageError(
+                f"{self.root} is not a run's folder, and not empty: --fresh doesn't move it aside",
+                hint="give another one with --run-dir",
+            )
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.root)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {self.root} can't be read: {error.strerror}", hint="give another one with --run-dir"
+            ) from error
+
+    def _is_bare(self, names: list[str]) -> bool:
+        """Whether those are what a folder has in which no run has begun yet."""
+        drafts = f".{self.identity.name}."
+        if any(name not in (self.checkpoints.name, self.lock.name) and not name.startswith(drafts) for name in names):
             return False
         try:
-            names = os.listdir(self.root)
-            is_bare = not self.checkpoints.exists() or not os.listdir(self.checkpoints)
+            return not os.listdir(self.checkpoints)
         except OSError as error:
             return isinstance(error, FileNotFoundError)
-        drafts = f".{self.identity.name}."
-        return is_bare and all(
-            name in (self.checkpoints.name, self.lock.name) or name.startswith(drafts) for name in names
-        )
 
     def create(self, *, command: list[str], run_id: str = "") -> Identity:
         """Make the folder, or take the one that is there; returns who the run is.
@@ -143,14 +169,6 @@ class RunDir:
                 f"{self.identity} is not readable: {error}",
                 hint="start over with --fresh, or take another folder with --run-dir",
             ) from error
-
-    def check_is_run(self) -> None:
-        """Raise UsageError where it is somebody's folder, and no run's: that is not moved out of the way."""
-        if not self.is_run() and not self.is_unused():
-            raise UsageError(
-                f"{self.root} is not a run's folder, and not empty: --fresh doesn't move it aside",
-                hint="give another one with --run-dir",
-            )
 
     def set_aside(self) -> Path | None:
         """Move the whole folder to a free name beside it (never deleting it); None where there is nothing in it.

@@ -45,6 +45,10 @@ class Supervisor:
         assert self._pipe.poll(60), "it has not answered within a minute"
         return self._pipe.recv()
 
+    @property
+    def has_answered(self) -> bool:
+        return self._pipe.poll()
+
     def ask(self, order: str, what: object = None) -> object:
         self.tell(order, what)
         return self.hear()
@@ -282,6 +286,18 @@ def test_two_nodes_of_a_job_that_start_over_at_once_do_so_together_and_once(
         assert first == second
         assert sum(path.name.startswith("run.") for path in run.root.parent.iterdir()) == before
         assert [node.ask("leave") for node in pair] == ["left", "left"]
+
+
+def test_a_run_that_others_start_over_meanwhile_is_never_taken_for_somebody_elses_folder(
+    pair: tuple[Supervisor, Supervisor], run: RunDir
+) -> None:
+    node, _ = pair
+    for _ in range(200):
+        node.tell("begin anew", run.root)
+        while not node.has_answered:
+            run.check_is_run()
+        assert isinstance(node.hear(), str)
+        assert node.ask("leave") == "left"
 
 
 def test_nodes_do_not_start_over_where_a_supervisor_lives(run: RunDir) -> None:

@@ -103,7 +103,8 @@ def start_over(folder: RunDir, has_begun: Callable[[bool], bool]) -> Path | None
         except OSError as error:
             raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
         try:
-            if has_begun(others is not None):
+            # Whoever has the lock whole may move the folder away at any moment: then there is nothing to be seen in it.
+            if (alone is not None or others is not None) and has_begun(others is not None):
                 return None
             if alone is not None:
                 return folder.set_aside()
