@@ -165,21 +165,21 @@ class Attempt:
         return [
             _read_failure(worker)
             for worker in self._workers.values()
-            if worker.exit is not None and not self._has_ended_well(worker, worker.exit.code)
+            if worker.exit is not None and not self._has_ended_well(worker)
         ]
 
     @property
     def has_stopped(self) -> bool:
         """Whether a worker has left as one does that has saved and stops."""
         return any(
-            worker.exit and worker.exit.code == Status.SAVED and self._has_ended_well(worker, Status.SAVED)
+            worker.exit is not None and worker.exit.code == Status.SAVED and self._has_ended_well(worker)
             for worker in self._workers.values()
         )
 
-    def _has_ended_well(self, worker: _Worker, code: int) -> bool:
-        if (
-            code == Status.SAVED
-        ):  # of a script that nobody has asked to stop, and that has saved nothing, it says nothing
+    def _has_ended_well(self, worker: _Worker) -> bool:
+        code = worker.exit.code if worker.exit is not None else None
+        if code == Status.SAVED:
+            # Of a script that nobody has asked to stop, and that has saved nothing, it says nothing.
             was_asked = self._is_told_to_stop or bool(worker.board[Word.SIGNALLED])
             return was_asked or any(board[Word.SAVED_STEP] for board in self.boards)
         # To leave with nothing to save is no failure where a stop was asked for.
@@ -199,7 +199,7 @@ class Attempt:
         for exit_ in mine:
             worker = self._workers[exit_.pid]
             worker.exit = exit_
-            if not self._has_ended_well(worker, exit_.code) and not self.first_exit_ns:
+            if not self._has_ended_well(worker) and not self.first_exit_ns:
                 self.first_exit_ns = exit_.seen_ns
         return mine
 
