@@ -12,14 +12,8 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from elastic_fit.launch._torchelastic import Result
 from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
 from elastic_fit.launch.attempt import Attempt, Program
-from elastic_fit.launch.membership import (
-    Change,
-    ElasticRendezvous,
-    Gathered,
-    JobClosed,
-    Report,
-    Verdict,
-)
+from elastic_fit.launch.membership import ElasticRendezvous
+from elastic_fit.launch.rounds import Change, Gathered, JobClosed, Report, Verdict
 from elastic_fit.supervisor.board import StopMode
 from elastic_fit.supervisor.context import ResumePoint
 from elastic_fit.supervisor.errors import StorageError

@@ -19,10 +19,11 @@ from torch.distributed.elastic.rendezvous.api import RendezvousInfo, RendezvousP
 from elastic_fit.launch.arbiter import ArbiterLost, FolderArbiter
 from elastic_fit.launch.checks import rendezvous_config
 from elastic_fit.launch.keeper import Keeper, open_keeper
-from elastic_fit.launch.membership import ANSWER_S, MEETING_S, Change, ElasticRendezvous, JobClosed, Report
+from elastic_fit.launch.membership import ANSWER_S, MEETING_S, ElasticRendezvous
 from elastic_fit.launch.names import address_of
 from elastic_fit.launch.nodes import bounds_of, software
 from elastic_fit.launch.render import Console
+from elastic_fit.launch.rounds import Change, JobClosed, Report
 from elastic_fit.launch.waits import Waits
 from elastic_fit.supervisor.errors import ElasticFitError, UsageError
 from elastic_fit.supervisor.exits import Exit as Status

@@ -14,8 +14,8 @@ from typing import Any
 
 from elastic_fit.launch.arbiter import Arbiter
 from elastic_fit.launch.links import GREETING_LIMIT, NONSENSE
-from elastic_fit.launch.membership import NodeRefused
 from elastic_fit.launch.names import look_up
+from elastic_fit.launch.rounds import NodeRefused
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.roster import Phase, Profile, Roster, refusal
 

@@ -16,7 +16,8 @@ import pytest
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.keeper import LONGEST_GAP_S, Keeper
 from elastic_fit.launch.links import Links
-from elastic_fit.launch.membership import ElasticRendezvous, Report
+from elastic_fit.launch.membership import ElasticRendezvous
+from elastic_fit.launch.rounds import Report
 from elastic_fit.supervisor.pulse import ListeningClock
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster
 from elastic_fit.supervisor.view import Bounds
