@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic_fit.supervisor.board import Board, Word
 from elastic_fit.supervisor.exits import Exit
-from elastic_fit.supervisor.stop import STOP_SIGNALS
+from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -79,7 +79,7 @@ class Latch:
             found = signal.getsignal(number)
             if found == self._handle or (_is_scripts_own(found) and number not in (signal.SIGTERM, signal.SIGINT)):
                 continue
-            if number == signal.SIGINT and _is_interactive():
+            if stays_ignored(number, found) or (number == signal.SIGINT and _is_interactive()):
                 continue
             self._before[number] = found
             signal.signal(number, self._handle)

@@ -35,7 +35,7 @@ from typing import Any
 
 from elastic_fit.supervisor import watch
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.stop import STOP_SIGNALS
+from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
 
 MESSAGE_BYTES = 1 << 20
 BOARD_DESCRIPTOR = min(150, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 64) - 1)
@@ -69,6 +69,7 @@ class Server:
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
         self._pid = os.getpid()
+        self._ignored = [number for number in QUIET_SIGNALS if stays_ignored(number, signal.getsignal(number))]
 
     def serve(self) -> Job | None:
         """Answer the agent until it goes away."""
@@ -166,9 +167,8 @@ class Server:
         watch.die_with_parent(self._pid)
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for reset in (*QUIET_SIGNALS, signal.SIGCHLD):
-            signal.signal(reset, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for reset in {*QUIET_SIGNALS, signal.SIGCHLD}.difference(self._ignored):
+            signal.signal(reset, signal.default_int_handler if reset == signal.SIGINT else signal.SIG_DFL)
         for descriptor in (self._wake_r, self._wake_w):
             os.close(descriptor)
         self._channel.close()

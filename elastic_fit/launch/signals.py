@@ -7,7 +7,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-from elastic_fit.supervisor.stop import STOP_SIGNALS
+from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
 
 HELD = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 
@@ -36,7 +36,8 @@ class SignalLatch:
 
     def __enter__(self) -> SignalLatch:
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._latch)
+            if not stays_ignored(number, signal.getsignal(number)):
+                self._before[number] = signal.signal(number, self._latch)
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         return self
 

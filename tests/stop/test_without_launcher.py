@@ -202,6 +202,16 @@ fit()
     assert second.step() == ranks.step(), "and nothing is saved on the way out"
 
 
+def test_a_process_under_nohup_and_in_the_background_outlives_its_terminal_and_hears_a_scheduler(started) -> None:
+    ignored = "for number in (signal.SIGHUP, signal.SIGINT):\n    signal.signal(number, signal.SIG_IGN)\n"
+    ranks = started(ignored + "fit()\n", 1)
+    ranks.wait_for_training()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        ranks.send(0, number)
+    assert ranks.codes() == [75], ranks.said()
+    assert "stopping (SIGTERM)" in ranks.said()
+
+
 STARTED_BY_LIGHTNING = """
 import os, signal, sys, time
 from pathlib import Path
