@@ -27,6 +27,10 @@ LINE_LIMIT = 1 << 20
 """Longest message, in bytes. Who sends more is not one of us."""
 GREETING_LIMIT = 8 << 10
 """Longest first message, in which its sender says who it is."""
+GREETING_S = 10.0
+"""Who has not said who it is for so long after it was connected is hung up on: a port scanner, a health check."""
+STRANGERS = 100
+"""How many that have not said so yet are borne with; where more come, the one that came first has had its time."""
 NONSENSE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 """What taking up a message may raise. It is the fault of its sender, who may be anybody: the port is open to all."""
 REDIAL_S = 0.5
@@ -86,6 +90,8 @@ class Links:
         self.port: int = self._listener.getsockname()[1]
         self.known: dict[str, Contacted] = {}
         self._connections: set[_Connection] = set()
+        self._strangers: dict[_Connection, None] = {}
+        """Those of them on which nobody has said yet who it is, the longest open first."""
         self._up: dict[str, set[_Connection]] = {}
         self._me: Profile | None = None
         self._state = b""
@@ -133,8 +139,7 @@ class Links:
             peer.refused = isinstance(error, ConnectionRefusedError)
             return
         peer.dialing = connection = _Connection(sock, now, dialed=node)
-        self._connections.add(connection)
-        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+        self._add(connection, selectors.EVENT_READ | selectors.EVENT_WRITE)
 
     # saying and hearing
 
@@ -164,6 +169,7 @@ class Links:
                 news |= self._serve(key.data, mask)
             else:
                 news = True
+        self._drop_strangers()
         return news
 
     def close(self) -> None:
@@ -176,7 +182,8 @@ class Links:
         self._selector.close()
 
     def _accept(self) -> None:
-        while True:
+        # Not more than that at a time: what has come from the others is read before one of them is hung up on.
+        for _ in range(STRANGERS):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -189,9 +196,22 @@ class Links:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = _Connection(sock, self._clock(), dialed=None)
-            self._connections.add(connection)
-            self._selector.register(sock, selectors.EVENT_READ, connection)
+            self._add(connection, selectors.EVENT_READ)
             self._send(connection, self._greeting(connection) + self._state)
+
+    def _add(self, connection: _Connection, events: int) -> None:
+        self._connections.add(connection)
+        self._strangers[connection] = None
+        self._selector.register(connection.sock, events, connection)
+
+    def _drop_strangers(self) -> None:
+        """Hang up on those who have had time enough to say who they are."""
+        latest_s = self._clock() - GREETING_S
+        while self._strangers:
+            first = next(iter(self._strangers))
+            if first.opened_s > latest_s and len(self._strangers) <= STRANGERS:
+                return
+            self._drop(first)
 
     def _greeting(self, connection: _Connection) -> bytes:
         assert self._me is not None
@@ -284,6 +304,7 @@ class Links:
             self._drop(connection)
             return
         connection.node = profile.node
+        self._strangers.pop(connection, None)
         self._up.setdefault(profile.node, set()).add(connection)
         self._note_dialed(connection)
         known = self.known.setdefault(profile.node, Contacted(profile, heard_s=now))
@@ -303,6 +324,7 @@ class Links:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
+        self._strangers.pop(connection, None)
         self._note_dialed(connection)
         if connection.node is not None and connection.node in self._up:
             self._up[connection.node].discard(connection)

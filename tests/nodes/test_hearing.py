@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from elastic_fit.launch.introduction import DIAL_S, ask
-from elastic_fit.launch.links import PAUSE_S, Links
+from elastic_fit.launch.links import GREETING_S, PAUSE_S, STRANGERS, Links
 from elastic_fit.supervisor.hearing import Heard
 from elastic_fit.supervisor.roster import Profile
 from elastic_fit.supervisor.view import Bounds, is_gone
@@ -126,6 +126,14 @@ def is_hung_up_on(stranger: socket.socket) -> bool:
         return True
 
 
+def has_been_greeted(stranger: socket.socket) -> bool:
+    """Whether the other end has said who it is: then it knows of this connection."""
+    try:
+        return bool(stranger.recv(1 << 16))
+    except BlockingIOError:
+        return False
+
+
 @pytest.mark.parametrize("sent", NONSENSE.values(), ids=NONSENSE)
 def test_stranger_that_sends_nonsense_is_hung_up_on_and_nobody_else_notices(links: Links, sent: bytes) -> None:
     peer = Connection(links)
@@ -135,6 +143,48 @@ def test_stranger_that_sends_nonsense_is_hung_up_on_and_nobody_else_notices(link
         wait_until(lambda: (links.poll(0.05), is_hung_up_on(stranger))[1], 5)
     peer.state(1, version=5)
     assert known(links).version == 5
+
+
+def test_stranger_that_says_nothing_is_hung_up_on_after_a_while_and_a_silent_peer_is_not(
+    links: Links, clock: Clock
+) -> None:
+    peer = Connection(links)
+    peer.state(1)
+    with socket.create_connection(("127.0.0.1", links.port)) as stranger:
+        stranger.sendall(b'{"to": ')
+        stranger.setblocking(False)
+        wait_until(lambda: (links.poll(0.05), has_been_greeted(stranger))[1], 5)
+        clock.now_s += GREETING_S
+        links.poll(0.0)
+        wait_until(lambda: is_hung_up_on(stranger), 5)
+    peer.state(2, version=5)
+    assert known(links).version == 5
+
+
+def test_node_that_is_no_longer_wanted_and_never_said_who_it_is_is_hung_up_on(links: Links, clock: Clock) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        links.want([replace(PEER, port=server.getsockname()[1])])
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.setblocking(False)
+            wait_until(lambda: (links.poll(0.05), has_been_greeted(accepted))[1], 5)
+            links.want([])
+            clock.now_s += GREETING_S
+            links.poll(0.0)
+            wait_until(lambda: is_hung_up_on(accepted), 5)
+
+
+def test_hundreds_of_strangers_that_say_nothing_take_up_few_files_and_a_peer_gets_through(links: Links) -> None:
+    with contextlib.ExitStack() as open_:
+        before = len(os.listdir("/proc/self/fd"))
+        strangers = [
+            open_.enter_context(socket.create_connection(("127.0.0.1", links.port))) for _ in range(2 * STRANGERS)
+        ]
+        Connection(links).state(1, version=5)
+        while links.poll(0.05):
+            pass
+        assert known(links).version == 5
+        assert len(os.listdir("/proc/self/fd")) - before - len(strangers) <= STRANGERS + 2
 
 
 def test_who_means_a_node_that_listened_on_this_port_before_is_no_peer(links: Links) -> None:
