@@ -60,6 +60,9 @@ class Observer(Protocol):
     def stopping(self, request: StopRequest) -> None:
         """Somebody asks the run to stop."""
 
+    def asked_again(self, request: StopRequest, left_s: float) -> None:
+        """Somebody asks a run to stop that is stopping already, and has so many seconds left for it."""
+
     def frozen(self, rank: int, pid: int) -> None:
         """A worker is stopped and nobody continues it; it is killed."""
 
@@ -278,6 +281,7 @@ class ElasticAgent(TorchelasticAgent):
         left_s = max(0.0, seconds(self._fx.now_ns(), self._stop.deadline_ns))
         told = {"source": request.source, "reason": request.reason, "rank": request.rank, "id": request.id}
         self._fx.ledger.write("stop_repeated", deadline_s=left_s, **told)
+        self._fx.observer.asked_again(request, left_s)
 
     def _ask(self, attempt: Attempt, mode: StopMode, deadline_ns: int) -> None:
         self._requests += 1

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "elastic-fit"
 TRACEBACK_LINES = 40
+PRESS_AGAIN = "; press again to end at once"
 
 
 class Console:
@@ -164,8 +165,13 @@ class Console:
         """Somebody asks the run to stop."""
         who = "" if request.rank is None else f" to rank {request.rank}"
         what = "saving and stopping" if request.save else "stopping without a save"
-        again = "; press again to end at once" if request.reason == "SIGINT" else ""
+        again = PRESS_AGAIN if request.is_interrupt else ""
         self.line(f"{request.reason}{who}: {what}, at most {request.grace_s:.0f} s{again}", style="33")
+
+    def asked_again(self, request: StopRequest, left_s: float) -> None:
+        """It is stopping already: who has pressed Ctrl-C is told how long they wait, and how not to."""
+        if request.is_interrupt:
+            self.line(f"{request.reason}: stopping already, at most {left_s:.0f} s more{PRESS_AGAIN}", style="33")
 
     def frozen(self, rank: int, pid: int) -> None:
         """A worker is stopped and nobody continues it; it is killed."""

@@ -125,6 +125,7 @@ class Ears:
         self._now_ns = now_ns
         self._looked_ns = now_ns() - int(LOOK_S * 1e9)
         self._has_heard_file = False
+        self._has_interrupt = False
 
     def fileno(self) -> int:
         """Readable when a signal is waiting. Boards and files have to be looked at from time to time."""
@@ -144,13 +145,16 @@ class Ears:
 
     def _signals(self) -> Iterator[StopRequest]:
         for number in self._latch.take():
+            is_interrupt = number == signal.SIGINT
             yield StopRequest(
                 source="signal",
                 reason=signal.Signals(number).name,
                 asked_ns=self._now_ns(),
                 grace_s=self._grace_s,
                 signal=number,
+                insists=is_interrupt and self._has_interrupt,
             )
+            self._has_interrupt |= is_interrupt
 
     def _workers(self, boards: Sequence[tuple[int, Board]]) -> Iterator[StopRequest]:
         for rank, board in boards:

@@ -59,6 +59,8 @@ class StopRequest:
     """The signal that asked, if one did."""
     rank: int | None = None
     """The worker that was asked, if it was one."""
+    insists: bool = False
+    """Whether this is a Ctrl-C after another one, whatever has begun the stop."""
     id: str = ""
     """By which whoever asked finds the answer in the ledger."""
 
@@ -66,6 +68,11 @@ class StopRequest:
     def deadline_ns(self) -> int:
         """When nothing of the job is left, CLOCK_MONOTONIC of this node."""
         return self.asked_ns + int(self.grace_s * 1e9)
+
+    @property
+    def is_interrupt(self) -> bool:
+        """Whether a person has pressed Ctrl-C at the launcher."""
+        return self.source == "signal" and self.signal == signal.SIGINT
 
     @property
     def mode(self) -> StopMode:
@@ -113,12 +120,11 @@ class Answer(Enum):
 def answer(under_way: StopRequest | None, new: StopRequest) -> Answer:
     """What `new` changes where `under_way` is the stop that the job is in, if it is in one.
 
-    Only a second Ctrl-C is more than the first: schedulers repeat their signals, and none of them means "now".
+    Only who insists gets more than a stop: schedulers repeat their signals, and none of them means "now".
     """
     if under_way is None:
         return Answer.BEGIN
-    is_insisting = new.source == under_way.source == "signal" and new.signal == under_way.signal == signal.SIGINT
-    return Answer.AT_ONCE if is_insisting else Answer.KEEP
+    return Answer.AT_ONCE if new.insists else Answer.KEEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ class Heard:
 
     failures: list[tuple[WorkerFailure, Restart | GiveUp]] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
+    repeats: list[str] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
     frozen_ranks: list[int] = field(default_factory=list)
 
@@ -59,6 +60,9 @@ class Heard:
 
     def stopping(self, request: StopRequest) -> None:
         self.stops.append(request.reason)
+
+    def asked_again(self, request: StopRequest, left_s: float) -> None:
+        self.repeats.append(request.reason)
 
     def frozen(self, rank: int, pid: int) -> None:
         self.frozen_ranks.append(rank)

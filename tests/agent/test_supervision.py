@@ -18,6 +18,7 @@ from elastic_fit.launch.agent import Limits
 from elastic_fit.launch.attempt import Program
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.policy import GiveUp, Restart, RestartPolicy
+from elastic_fit.supervisor.stop import unsaved_after
 from tests.agent.harness import Node, is_gone, wait_until
 
 FIRST_ATTEMPT_OF_RANK_1 = """
@@ -133,20 +134,24 @@ def test_worker_that_ignores_the_stop_is_killed_when_the_grace_ends(tmp_path: Pa
         assert node.events("worker_exit")[0]["signal"] == "SIGKILL"
 
 
-def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun_by", [signal.SIGINT, signal.SIGTERM])
+def test_second_interrupt_ends_at_once_whatever_had_begun_the_stop(tmp_path: Path, begun_by: int) -> None:
     script = "import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); time.sleep(60)"
     with Node(tmp_path, script, workers=1, limits=Limits(grace_s=50)) as node:
 
         def press_twice() -> None:
             wait_until((tmp_path / "ready").exists)
-            node.latch.post(signal.SIGINT)
+            node.latch.post(begun_by)
             wait_until(lambda: bool(node.heard.stops))
+            if begun_by != signal.SIGINT:
+                node.latch.post(signal.SIGINT)
+                wait_until(lambda: bool(node.heard.repeats))
             node.latch.post(signal.SIGINT)
 
         thread = threading.Thread(target=press_twice)
         thread.start()
         started = time.monotonic()
-        assert node.run() == 130
+        assert node.run() == unsaved_after(begun_by)
         thread.join()
         assert time.monotonic() - started < 20
 

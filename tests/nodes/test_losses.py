@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from elastic_fit.supervisor.stop import unsaved_after
 from tests.nodes.cluster import Cluster, Launched
 from tests.nodes.endings import assert_it_ends_well
 
@@ -141,13 +142,19 @@ def test_every_node_is_replaced_one_after_another(hosts: Cluster) -> None:
     assert_it_ends_well(hosts, *running.values())
 
 
-def test_a_second_interrupt_ends_a_node_at_once_that_waits_for_one_that_does_not_answer(hosts: Cluster) -> None:
+@pytest.mark.parametrize("begun_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_a_node_at_once_that_waits_for_one_that_does_not_answer(
+    hosts: Cluster, begun_by: signal.Signals
+) -> None:
     first, second = hosts.launch("h1", nodes="2:2"), hosts.launch("h2", nodes="2:2")
     hosts.wait_until(lambda: hosts.trains_with(2))
     os.kill(second.process.pid, signal.SIGSTOP)
-    os.kill(first.process.pid, signal.SIGINT)
-    hosts.wait_until(lambda: first.told("SIGINT: saving and stopping"))
+    os.kill(first.process.pid, begun_by)
+    hosts.wait_until(lambda: first.told(f"{begun_by.name}: saving and stopping"))
+    if begun_by != signal.SIGINT:
+        os.kill(first.process.pid, signal.SIGINT)
+        hosts.wait_until(lambda: first.told("SIGINT: stopping already"))
     began = time.monotonic()
     os.kill(first.process.pid, signal.SIGINT)
-    assert first.process.wait(60) == 130, first.text()
+    assert first.process.wait(60) == unsaved_after(begun_by), first.text()
     assert time.monotonic() - began < 3

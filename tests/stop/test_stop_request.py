@@ -27,11 +27,44 @@ def test_the_same_signal_again_does_not_restart_the_grace() -> None:
     assert answer(request(), request()) is Answer.KEEP
 
 
-def test_only_a_second_interrupt_of_a_person_means_at_once() -> None:
-    interrupt = request(number=signal.SIGINT)
-    assert answer(interrupt, interrupt) is Answer.AT_ONCE
-    assert answer(request(), interrupt) is Answer.KEEP
-    assert answer(interrupt, request("worker", signal.SIGINT)) is Answer.KEEP
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("signals", "replies"),
+    [
+        ((INT, INT), "begin, at once"),
+        ((INT, TERM, INT), "begin, keep, at once"),
+        ((TERM, INT, INT), "begin, keep, at once"),
+        ((TERM, INT, TERM, TERM, INT, INT), "begin, keep, keep, keep, at once, at once"),
+    ],
+)
+def test_only_a_second_interrupt_of_a_person_means_at_once_whatever_had_begun_the_stop(
+    tmp_path: Path, signals: tuple[int, ...], replies: str
+) -> None:
+    latch = ScriptedLatch()
+    listening = Ears(latch, 30.0)
+    under_way, heard = None, []
+    for number in signals:
+        latch.post(number)
+        (new,) = listening.hear()
+        heard.append(answer(under_way, new).value)
+        under_way = under_way or new
+    assert ", ".join(heard) == replies
+
+
+def test_an_interrupt_after_a_signal_to_a_worker_is_the_first_of_a_person(tmp_path: Path) -> None:
+    board = Board.create(tmp_path / "board")
+    board.ask_back(signal.SIGINT)
+    latch = ScriptedLatch()
+    listening = Ears(latch, 30.0)
+    (of_worker,) = listening.hear([(0, board)])
+    latch.post(signal.SIGINT)
+    (first,) = listening.hear()
+    assert answer(of_worker, first) is Answer.KEEP
+    latch.post(signal.SIGINT)
+    (second,) = listening.hear()
+    assert answer(of_worker, second) is Answer.AT_ONCE
 
 
 def test_another_node_gets_what_is_left_of_the_grace_on_its_own_clock() -> None:
