@@ -167,13 +167,19 @@ class ElasticAgent(TorchelasticAgent):
     def _begin(self, number: int) -> Attempt | None:
         """Choose the resume point, meet the other nodes, fork the workers; None where a stop came first."""
         fx = self._fx
-        fx.nursery.ready()
-        self._note_signals()
+        self._wait_for_nursery()
         if self._stop is not None:
             return None
         started = fx.now_ns()
         self._resume = fx.select_resume(self._wish)
         return self._fork(number, self.form(number), started)
+
+    def _wait_for_nursery(self) -> None:
+        """Until it can fork workers, or a stop has come first."""
+        self._note_signals()
+        while self._stop is None and not self._fx.nursery.is_ready():
+            select.select([self._fx.nursery.fileno(), self._ears.fileno()], [], [], IDLE_S)
+            self._note_signals()
 
     def _fork(self, number: int, group: WorkerGroup, started: int) -> Attempt:
         """The nodes have met: fork this node's workers."""

@@ -105,7 +105,9 @@ class ClusterAgent(ElasticAgent):
 
     def _join_round(self) -> Attempt | Result:
         fx = self._fx
-        fx.nursery.ready()
+        self._wait_for_nursery()
+        if self._stop is not None and self._attempt is None:
+            return self._ended_by_stop(saved=False)
         ended_for, self._ended_for = self._ended_for, None
         started = fx.now_ns()
         try:

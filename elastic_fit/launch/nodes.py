@@ -210,7 +210,7 @@ class _Node:
     def _take_part(self, ledger: Ledger, latch: SignalLatch) -> Status:
         if self._start is not None and self.guest_of is None:
             self._start.begin()
-        rendezvous = self._rendezvous()
+        rendezvous = self._rendezvous(latch)
         try:
             agent = self._agent(ledger, latch, rendezvous)
             agent.run()
@@ -221,7 +221,7 @@ class _Node:
         result = agent.tally or tally(ledger)
         return close(agent.status, result, ledger, self.console, left=agent.leaves, fresh=fresh)
 
-    def _rendezvous(self) -> ElasticRendezvous:
+    def _rendezvous(self, latch: SignalLatch) -> ElasticRendezvous:
         from torch.distributed.run import determine_local_world_size
 
         from elastic_fit.launch.guest import adopt
@@ -241,7 +241,7 @@ class _Node:
             arbiter,
             name=(self.invocation.job.node if self.invocation.job else "") or socket.gethostname(),
             address=self.address,
-            port=self._port(own_traits, arbiter),
+            port=latch.unless_told(lambda: self._port(own_traits, arbiter)) or 0,
             workers=determine_local_world_size(args.nproc_per_node),
             traits=own_traits,
             wish=args.node_rank or None,

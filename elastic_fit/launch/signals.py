@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
+
+Result = TypeVar("Result")
 
 HELD = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 
@@ -19,17 +23,22 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
+class CutShort(BaseException):
+    """A stop signal has come, and what was under way is left off. Like KeyboardInterrupt no Exception."""
+
+
 class SignalLatch:
     """Collects stop signals while it is entered, and wakes whoever selects on it. Takes those that were held.
 
-    A handler does nothing but append and write one byte, so it can't interrupt anything half-way. Use from the main
-    thread; the handlers that were there before come back at the end.
+    A handler does nothing but append and write one byte, so it can't interrupt anything half-way, except where
+    `unless_told` has it do so. Use from the main thread; the handlers that were there before come back at the end.
     """
 
     def __init__(self) -> None:
         self._arrived: list[int] = []
         self._before: dict[int, Any] = {}
         self._mask: set[int] = set()
+        self._cuts = False
         self._reader, self._writer = os.pipe()
         for descriptor in (self._reader, self._writer):
             os.set_blocking(descriptor, False)
@@ -53,10 +62,25 @@ class SignalLatch:
 
     def _latch(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append(number)
-        try:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
             os.write(self._writer, b"!")
-        except BlockingIOError:
-            return  # the pipe is full of wake-ups already
+        if self._cuts:
+            self._cuts = False
+            raise CutShort
+
+    def unless_told(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` returns; None where a signal is waiting, or comes: it leaves `work` off, and stays to be taken.
+
+        For what waits, or takes long, and may be left off anywhere, as nothing has begun yet.
+        """
+        try:
+            try:
+                self._cuts = True
+                return work() if not self._arrived else None
+            finally:
+                self._cuts = False
+        except CutShort:
+            return None
 
     def fileno(self) -> int:
         """Readable when a signal is waiting."""

@@ -81,6 +81,12 @@ class Nursery:
         if modules:
             self._send({"op": "preload", "modules": self._modules})
 
+    def is_ready(self) -> bool:
+        """Whether its imports are done; `fileno` is readable then. Raises NurseryLost where it died over them."""
+        if not self._is_ready and self._receive(wait=False) is not None:
+            self._is_ready = True  # that it is ready is the first thing that it says
+        return self._is_ready
+
     def ready(self) -> None:
         """Wait until its imports are done. Raises NurseryLost where it died over them."""
         if not self._is_ready:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 
 from elastic_fit.launch.commands.stop import is_running
 from elastic_fit.launch.nursery import QUIET_SIGNALS
+from elastic_fit.launch.parser import parse
+from elastic_fit.launch.render import Console
+from elastic_fit.launch.run import launch
+from elastic_fit.launch.signals import SignalLatch
 from elastic_fit.launch.stopping import Order
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.ledger import read
@@ -61,6 +66,32 @@ def test_an_order_to_stop_is_heard_as_soon_as_the_command_sees_a_launcher(tmp_pa
     (asked,) = (one for one in read(folder.events) if one.event == "stop_requested")
     assert asked["id"] == order.id
     assert not folder.stop_order.exists()
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_stop_does_not_wait_for_imports_that_take_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("raise SystemExit('nothing was to be started any more')")
+    nursery = Nursery(warm=False)
+    os.kill(nursery._process.pid, signal.SIGSTOP)  # as if its file system hung
+    came_back = threading.Timer(30, os.kill, (nursery._process.pid, signal.SIGCONT))
+    came_back.start()
+    enter = SignalLatch.__enter__
+
+    def enter_and_strike(self: SignalLatch) -> SignalLatch:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return enter(self)
+
+    monkeypatch.setattr(SignalLatch, "__enter__", enter_and_strike)
+    try:
+        began = time.monotonic()
+        assert launch(parse(["--nnodes", nodes, "train.py"]), Console(), nursery) == 143
+        assert time.monotonic() - began < 10
+    finally:
+        came_back.cancel()
+        nursery.close()
 
 
 @pytest.mark.parametrize("number", QUIET_SIGNALS)

@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.ledger import Event, read
 from tests.launching import Launched
 from tests.nodes.cluster import FIT, wait_until
@@ -125,6 +127,33 @@ def test_resume_from_goes_back_once_also_where_the_launcher_was_killed_before_it
     _, text = again.communicate(timeout=60)
     assert again.returncode == 0, text
     assert [event["step"] for event in noted("resume")] == [20, newest], "back, and then on"
+
+
+@pytest.mark.parametrize("who", ["nobody", "somebody who says nothing"])
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_node_that_looks_for_the_endpoint_stops_at_once_when_it_is_told_to(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, number: str, code: int
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    told_s = []
+
+    def tell(console: Console, text: str, **style: object) -> None:
+        if "looking for" in text:
+            told_s.append(time.monotonic())
+            threading.Timer(0.3, os.kill, (os.getpid(), getattr(signal, number))).start()
+
+    monkeypatch.setattr(Console, "line", tell)
+    with socket.socket() as there:
+        there.bind(("127.0.0.2", 0))
+        if who != "nobody":
+            there.listen()
+        endpoint = f"127.0.0.2:{there.getsockname()[1]}"
+        outcome = launched("--nnodes", "2", "--rdzv-endpoint", endpoint, "train.py")
+    assert outcome.code == code
+    assert time.monotonic() - told_s[0] < 5
+    assert [event["reason"] for event in outcome.events("stop_requested")] == [number]
+    assert [event["code"] for event in outcome.events("finish")] == [code]
+    assert outcome.events("membership") == []
 
 
 def test_job_that_the_others_never_come_to_says_so_last(launched: Launched, tmp_path: Path) -> None:
