@@ -106,6 +106,10 @@ class ElasticAgent(TorchelasticAgent):
     """Runs the job on this node.
 
     After `run` returns, `status` is the exit status of the command and `summary` what there is to say about it.
+
+    Args:
+        wish: which checkpoint the run goes on from until it has saved one of its own.
+        began: the generation of this command: what was saved under it or a later one is new.
     """
 
     def __init__(
@@ -117,9 +121,11 @@ class ElasticAgent(TorchelasticAgent):
         policy: RestartPolicy,
         limits: Limits,
         wish: Wish = NO_WISH,
+        began: int = 0,
     ) -> None:
         super().__init__(spec)
         self._wish = wish
+        self._began = began
         self.status = Status.FAILED
         self.restarts = 0
         self.reached_step = 0
@@ -150,7 +156,7 @@ class ElasticAgent(TorchelasticAgent):
         for number in range(1 << 31):
             attempt = self._begin(number)
             if attempt is None:
-                return self._ended_by_stop(saved=self._has_saved)
+                return self._ended_by_stop()
             self._follow(attempt)
             failures = attempt.failures()
             if self._stop is not None or attempt.has_stopped:
@@ -161,7 +167,7 @@ class ElasticAgent(TorchelasticAgent):
             if not restart:
                 return Result(succeeded=False)
             if not self._wait_backoff(restart):
-                return self._ended_by_stop(saved=self._has_saved)
+                return self._ended_by_stop()
         raise AssertionError("unreachable")
 
     def _begin(self, number: int) -> Attempt | None:
@@ -229,7 +235,8 @@ class ElasticAgent(TorchelasticAgent):
                 self._end_stragglers(attempt)
         self._recovery.ended_ns = self._fx.now_ns()
         self.reached_step = max(self.reached_step, attempt.highest_step)
-        self._has_saved = attempt.has_saved(wanted=self._stop is None or self._stop.save)
+        # One that has done no step stands where it began.
+        self._has_saved = attempt.has_saved or (not attempt.highest_step and self._are_new(self._resume))
 
     def _sleep(self, attempt: Attempt, told_of_start: bool, ending_ns: int) -> None:
         timeout = IDLE_S if told_of_start else STARTING_S
@@ -307,9 +314,14 @@ class ElasticAgent(TorchelasticAgent):
         if codes and all(code == 0 for code in codes):
             return self._finished(attempt)
         attempt.finish()
-        return self._ended_by_stop(saved=self._has_saved)
+        return self._ended_by_stop()
 
-    def _ended_by_stop(self, *, saved: bool) -> Result:
+    def _are_new(self, points: Sequence[ResumePoint]) -> bool:
+        """Whether this command has saved some of what a start goes on from."""
+        return any(point.generation >= self._began and point.path != self._wish.path for point in points)
+
+    def _ended_by_stop(self) -> Result:
+        saved = self._has_saved and (self._stop is None or self._stop.save)
         unsaved = self._stop.unsaved if self._stop is not None else Status.TERMINATED
         self.status = Status.SAVED if saved else unsaved
         self._fx.ledger.write("stopped", code=int(self.status), saved=saved, missing=self.missing())
@@ -367,13 +379,16 @@ class ElasticAgent(TorchelasticAgent):
         fx = self._fx
         root = root_cause(failures)
         reached = max(attempt.highest_step, max((point.step for point in self._resume), default=0))
+        was_resumed = bool(self._resume)
         attempt.finish()
-        resume = max((point.step for point in fx.select_resume(self._wish)), default=0)
+        self._resume = fx.select_resume(self._wish)
+        self._has_saved = self._are_new(self._resume)
+        resume = max((point.step for point in self._resume), default=0)
         failure = Failure(
             cause=root.cause,
             reached_step=reached,
             durable_step=resume,
-            is_mistake=root.is_mistake and not self.restarts and not self._resume,
+            is_mistake=root.is_mistake and not self.restarts and not was_resumed,
         )
         self._history = self._history.after(failure)
         decision = decide(self._history, self._policy, fx.draw())

@@ -257,11 +257,11 @@ class Attempt:
         """The step of the newest state that a worker of this node has rescued; 0 where none has."""
         return max((board[Word.RESCUED_STEP] for board in self.boards), default=0)
 
-    def has_saved(self, *, wanted: bool) -> bool:
-        """Whether its end is saved: by a stop, by a survivor, or, where that is `wanted`, before anybody failed."""
+    @property
+    def has_saved(self) -> bool:
+        """Whether its end is saved: by a stop, by a survivor, or before anybody failed."""
         saved = max((board[Word.SAVED_STEP] for board in self.boards), default=0)
-        is_safe = wanted and 0 < saved >= self.highest_step
-        return self.has_stopped or bool(self.rescued_step) or is_safe
+        return self.has_stopped or bool(self.rescued_step) or 0 < saved >= self.highest_step
 
     @property
     def is_end_unsaved(self) -> bool:

@@ -99,7 +99,7 @@ class ClusterAgent(ElasticAgent):
             self._follow(attempt)
             if self.leaves:
                 attempt.finish()
-                return self._ended_by_stop(saved=self._has_saved)
+                return self._ended_by_stop()
             self._rendezvous_of_nodes.report(self._report(attempt))
             attempt.finish()
 
@@ -107,7 +107,7 @@ class ClusterAgent(ElasticAgent):
         fx = self._fx
         self._wait_for_nursery()
         if self._stop is not None and self._attempt is None:
-            return self._ended_by_stop(saved=False)
+            return self._ended_by_stop()
         ended_for, self._ended_for = self._ended_for, None
         started = fx.now_ns()
         try:
@@ -115,12 +115,12 @@ class ClusterAgent(ElasticAgent):
         except JobClosed as end:
             return self._closed(end)
         except StoppedWaiting:
-            return self._ended_by_stop(saved=self._has_saved)
+            return self._ended_by_stop()
         facts = self._rendezvous_of_nodes.decision
         generation = self._rendezvous_of_nodes.generation
         self._fx = fx = replace(fx, ledger=self._unbound.bind(generation=generation))
         self.restarts = int(facts["restarts"])
-        self._resume = tuple(ResumePoint(**point) for point in facts["resume"])
+        self._take_over(facts)
         self._check_resume_is_visible()
         self._tell_failure(facts)
         if self._nodes and facts["why"] and (ended_for is None or ended_for.cause is not Cause.LOST):
@@ -130,6 +130,11 @@ class ClusterAgent(ElasticAgent):
         if self._stop is not None:  # it came while the round was formed; the other nodes hear of it by now
             self._ask(attempt, self._stop.mode, self._stop.deadline_ns)
         return attempt
+
+    def _take_over(self, facts: Mapping[str, Any]) -> None:
+        """What the job goes by, as the round's leader has decided."""
+        self._wish, self._began = Wish.parse(facts["wish"]), int(facts["began"])
+        self._resume = tuple(ResumePoint(**point) for point in facts["resume"])
 
     def _tell_nodes(self, facts: Mapping[str, Any]) -> None:
         """Who is in, where that has changed. A node alone that was never anything else has nothing to tell."""
@@ -255,7 +260,7 @@ class ClusterAgent(ElasticAgent):
             cause=cause,
             codes=codes,
             reached_step=attempt.highest_step,
-            saved=self._has_saved,
+            saved=attempt.has_saved,
             is_end_unsaved=attempt.is_end_unsaved,
             failures=[asdict(failure) for failure in told],
         )
@@ -279,11 +284,15 @@ class ClusterAgent(ElasticAgent):
             is_unsaved = any(report.is_end_unsaved for report in gathered.reports)
             status = Status.STORAGE if is_unsaved else Status.FINISHED
             return Verdict(goes_on=False, status=int(status), facts={"why": "finished"})
-        if gathered.note or gathered.cause is Cause.STOP or any(one.cause is Cause.STOP for one in gathered.reports):
-            return self._conclude(gathered, gathered.note)
-        # The wish is that of whoever began the job, or goes on with it after all have died; who joins them has none.
         begins = len(gathered.gone) == len(gathered.previous)
-        self._wish = self._settle(gathered.generation) if begins else Wish.parse(facts["wish"])
+        if not begins:
+            self._take_over(facts)
+        if gathered.note or gathered.cause is Cause.STOP or any(one.cause is Cause.STOP for one in gathered.reports):
+            has_trained = begins or any(report.reached_step for report in gathered.reports)
+            return self._conclude(gathered, gathered.note, () if has_trained else self._resume)
+        # The wish is that of whoever began the job, or goes on with it after all have died; who joins them has none.
+        if begins:
+            self._wish, self._began = self._settle(gathered.generation), gathered.generation
         resume = self._fx.select_resume(self._wish)
         told: dict[str, Any] | None = None
         failures = [_failure(one) for report in gathered.reports for one in report.failures]
@@ -296,12 +305,13 @@ class ClusterAgent(ElasticAgent):
                 assert self._stop is not None
                 if self.leaves:
                     raise StoppedWaiting
-                return self._conclude(gathered, self._stop.note(self._fx.now_ns()), failure=told)
+                return self._conclude(gathered, self._stop.note(self._fx.now_ns()), resume, failure=told)
         self._write_round(gathered, resume)
         return Verdict(
             goes_on=True,
             facts={
                 "wish": asdict(self._wish),
+                "began": self._began,
                 "resume": [asdict(point) for point in resume],
                 "attempt": attempt,
                 "restarts": restarts,
@@ -315,9 +325,16 @@ class ClusterAgent(ElasticAgent):
         return not gathered.gone and len(finished) == len(gathered.previous)
 
     def _conclude(
-        self, gathered: Gathered, note: Mapping[str, Any], *, failure: Mapping[str, Any] | None = None
+        self,
+        gathered: Gathered,
+        note: Mapping[str, Any],
+        stands: Sequence[ResumePoint],
+        *,
+        failure: Mapping[str, Any] | None = None,
     ) -> Verdict:
-        saved = any(report.saved for report in gathered.reports)
+        """The job stops; `stands` is where it would have gone on from, had nothing been trained since."""
+        is_safe = any(report.saved for report in gathered.reports) or self._are_new(stands)
+        saved = is_safe and bool(note.get("save", True))
         by_hand = note.get("signal") == signal.SIGINT
         status = Status.SAVED if saved else Status.INTERRUPTED if by_hand else Status.TERMINATED
         facts = {"why": str(note.get("why", "stopped")), "failure": failure}

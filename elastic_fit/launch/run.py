@@ -164,4 +164,5 @@ class _Launch:
             policy=RestartPolicy(max_restarts=self.invocation.max_restarts),
             limits=limits_of(self.invocation),
             wish=wish,
+            began=self.lease.generation,
         )

@@ -419,6 +419,63 @@ trainer(num_sanity_val_steps=0).fit(Dies())
     goes_on(elastic, first)
 
 
+STOPPED_BEFORE_ITS_FIRST_STEP = """
+if ATTEMPT == 1:
+    to_launcher()()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+@pytest.mark.parametrize(
+    ("victims", "flags", "saved"),
+    [("(1,)", (), 5), ("(0, 1)", ("--checkpoint-steps", "3"), 3)],
+    ids=["rescued", "saved before"],
+)
+def test_a_stop_before_the_first_step_after_a_restart_ends_as_saved_where_this_command_has_saved(
+    elastic: Elastic, nodes: str, victims: str, flags: tuple[str, ...], saved: int
+) -> None:
+    flags = ("--nnodes", nodes, *flags)
+    dies = f"trainer(At(5, lambda: die() if RANK in {victims} else None)).fit(Model())\n"
+    first = elastic(TELL + STOPPED_BEFORE_ITS_FIRST_STEP + dies, *flags)
+    assert first.steps() == [saved], first.said + first.output()
+    assert (first.code, first.events("finish")[0]["code"]) == (75, 75), first.said
+    assert len(first.events("workers_started")) == 2
+    again = elastic(TELL + "to_launcher()()\ntime.sleep(60)\n", *flags)
+    assert again.code == 143, "this one has saved nothing new"
+    last = elastic(TELL + "trainer().fit(Model())\n", *flags)
+    assert last.code == 0
+    assert last.events("resume")[-1]["step"] == saved
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_a_stop_without_a_save_never_ends_as_saved(elastic: Elastic, tmp_path: Path, nodes: str) -> None:
+    order = f"[{sys.executable!r}, '-m', 'elastic_fit', 'stop', {str(tmp_path / 'run')!r}, '--no-save']"
+    body = f"""
+    if ATTEMPT == 1:
+        if RANK == 0:
+            __import__("subprocess").Popen({order}, start_new_session=True)
+        time.sleep(60)
+    trainer(At(5, die, rank=1)).fit(Model())
+    """
+    first = elastic(body, "--nnodes", nodes)
+    assert (first.steps(), first.code) == ([5], 143), first.said
+
+
+def test_a_stop_that_loses_steps_does_not_end_as_saved_for_what_was_rescued_before(elastic: Elastic) -> None:
+    body = """
+    class Stuck(Model):
+        def training_step(self, batch, batch_idx):
+            if ATTEMPT == 1 and self.global_step == 7:
+                to_launcher()()
+                time.sleep(60)
+            return super().training_step(batch, batch_idx)
+    trainer(At(5, die, rank=1)).fit(Stuck())
+    """
+    first = elastic(TELL + textwrap.dedent(body), "--grace", "1s")
+    assert (first.steps(), first.code) == ([5], 143), first.said
+
+
 def test_a_signal_to_a_survivor_that_saves_stops_the_run_once_it_has(elastic: Elastic) -> None:
     body = """
 class Rescues(Model):
