@@ -86,6 +86,7 @@ def introduce(
     *,
     is_first: bool,
     tell: Callable[[str], None],
+    is_told: Callable[[], bool],
     patience_s: float = PATIENCE_S,
 ) -> None:
     """See that the agent at `endpoint`, if there is one, is of the job that this node is about to join.
@@ -95,6 +96,7 @@ def introduce(
         traits: this node's, as in its profile.
         is_first: nobody is to be found in this node's run folder; then the endpoint is waited for.
         tell: told once that it is.
+        is_told: whether somebody asks this node to stop: then it waits no longer.
         patience_s: for how long.
 
     Raises NodeRefused where it is another job, or another folder.
@@ -104,7 +106,7 @@ def introduce(
     found = ask(host, port)
     if found is None and is_first:
         tell(f"the run folder is empty: looking for {host}:{port} for at most {patience_s:.0f} s")
-    while found is None and time.monotonic() < deadline:
+    while found is None and time.monotonic() < deadline and not is_told():
         time.sleep(PAUSE_S)
         found = ask(host, port)
     why = refusal(traits, found.traits) if found is not None else None

@@ -214,7 +214,8 @@ class _Node:
         try:
             agent = self._agent(ledger, latch, rendezvous)
             agent.run()
-            agent.forget_orders()
+            if not agent.leaves:  # else the others may still have to hear them
+                agent.forget_orders()
         finally:
             rendezvous.shutdown()
         fresh = self.invocation.fresh and self.invocation.job is None  # later starts of a SLURM job go on nevertheless
@@ -279,7 +280,7 @@ class _Node:
             return chosen
         if here:
             return endpoint[1] if is_free(endpoint[1]) else 0
-        introduce(endpoint, own_traits, is_first=_is_new(arbiter), tell=self.console.line)
+        introduce(endpoint, own_traits, is_first=_is_new(arbiter), tell=self.console.line, is_told=self._orders.has_one)
         return chosen
 
     def _agent(self, ledger: Ledger, latch: SignalLatch, rendezvous: ElasticRendezvous) -> ClusterAgent:

@@ -83,6 +83,10 @@ class Orders:
         self._path = path
         self._old = self._heard = _identity(path)
 
+    def has_one(self) -> bool:
+        """Whether an order has come that was not taken yet."""
+        return _identity(self._path) not in (None, self._heard)
+
     def take(self) -> Order | None:
         """The order that has come since the last call."""
         found = _identity(self._path)

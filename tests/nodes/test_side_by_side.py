@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch.stopping import Order
 from elastic_fit.supervisor.ledger import Event, read
+from elastic_fit.supervisor.rundir import RunDir
 from tests.nodes.cluster import FIT, wait_until
 from tests.nodes.test_one_node import COMMAND, start
 
@@ -113,6 +116,48 @@ def test_spare_that_leaves_is_not_taken_for_the_end_of_the_run(nodes: Nodes) -> 
         [sys.executable, "-m", "elastic_fit", "stop", run], capture_output=True, text=True, timeout=60
     )
     assert "nothing runs there" in again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_order_to_stop_that_a_spare_hears_first_is_heard_by_the_job_as_well(nodes: Nodes) -> None:
+    patient = ("--rdzv-conf", "silence=60")
+    job = [nodes.start("1:2", *patient), nodes.start("1:2", *patient)]
+    nodes.wait_until(lambda: nodes.train(4))
+    spare = nodes.start("1:2", *patient)
+    assert spare.stderr is not None
+    while "a spare: all 2 places are taken" not in (line := spare.stderr.readline()):
+        assert line, "it has ended instead of waiting"
+    for member in job:
+        member.send_signal(signal.SIGSTOP)
+    folder = RunDir(nodes.folder / "run")
+    Order.by_this_user(save=True).leave(folder.stop_order)
+    spare.communicate(timeout=10)
+    assert spare.returncode == 143
+    for member in job:
+        member.send_signal(signal.SIGCONT)
+    assert [member.wait(timeout=30) for member in job] == [75, 75]
+    assert not folder.stop_order.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "waits"),
+    [((), "1 of at least 2 nodes are here"), (("--rdzv-endpoint", "127.0.0.2:29400"), "looking for 127.0.0.2")],
+)
+def test_node_that_waits_for_others_is_stopped_by_the_command_which_knows_at_once(
+    nodes: Nodes, flags: tuple[str, ...], waits: str
+) -> None:
+    waiting = nodes.start("2", *flags)
+    assert waiting.stderr is not None
+    while waits not in (line := waiting.stderr.readline()):
+        assert line, "it has ended instead of waiting"
+    began = time.monotonic()
+    stop = subprocess.run(
+        [COMMAND, "stop", str(nodes.folder / "run"), "--wait"], capture_output=True, text=True, timeout=60
+    )
+    assert (stop.returncode, stop.stdout.strip()) == (0, "stopped (exit 143): nothing new saved")
+    assert time.monotonic() - began < 10
+    assert waiting.wait(timeout=10) == 143
 
 
 @pytest.mark.slow

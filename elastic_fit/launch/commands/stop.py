@@ -20,6 +20,7 @@ ANSWER_S = 10.0
 LOOK_S = 0.1
 BEYOND_GRACE_S = 15.0
 """How much longer than its grace a run may take to say that it has ended."""
+NEVER_ENDED = "a launcher has heard it and not said since that the run has ended"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +32,9 @@ class Told:
     code: int | None = None
     """The run's exit status, once it has ended."""
     saved_step: int | None = None
-    """The step of the newest checkpoint that was saved since the launcher started."""
+    """The step of the newest checkpoint that was saved since the launchers started."""
     why: str = ""
-    """What was decided about the save."""
+    """What was decided about the save; or why there is no answer, where the order was heard."""
 
 
 def main(argv: Sequence[str], console: Console) -> int:
@@ -72,20 +73,29 @@ def stop(folder: RunDir, *, save: bool, wait: bool, pause: Callable[[float], Non
         raise UsageError(
             f"can't leave the order in {folder.root}: {error.strerror}", hint="signal the launcher, or ask its owner"
         ) from error
-    began = time.monotonic()
-    limit_s = ANSWER_S
-    while time.monotonic() - began < limit_s:
+    until, heard = time.monotonic() + ANSWER_S, None
+    while time.monotonic() < until:
         events = read(folder.events)
-        heard = next((n for n, one in enumerate(events) if one.get("id") == order.id), None)
-        if heard is None and not is_running(events):
-            return Told(state="not running")
+        if heard is None:
+            heard = next((n for n, one in enumerate(events) if one.get("id") == order.id), None)
+            if heard is not None:  # the grace counts from there
+                until = time.monotonic() + float(events[heard]["deadline_s"]) + BEYOND_GRACE_S
+            elif not is_running(events):
+                return Told(state="not running")
         if heard is not None:
-            limit_s = float(events[heard]["deadline_s"]) + BEYOND_GRACE_S
-            ended = next((one for one in events[heard:] if is_end_of_run(one)), None)
-            if ended is not None or not wait:
-                return _told(events, ended)
+            end = end_of(events, heard)
+            if end is not None:
+                return _told(events, heard, end)
+            if not wait:
+                return Told(state="stopping")
         pause(LOOK_S)
-    return Told(state="no answer")
+    return Told(state="no answer", why="" if heard is None else NEVER_ENDED)
+
+
+def end_of(events: Sequence[Event], heard: int) -> int | None:
+    """Which of the events since `heard` has ended the run: the run's own end, or that of the last node to leave it."""
+    ends = (n for n in range(heard, len(events)) if events[n].event == "finish")
+    return next((n for n in ends if is_end_of_run(events[n]) or not is_running(events[: n + 1])), None)
 
 
 def is_running(events: Sequence[Event]) -> bool:
@@ -111,7 +121,7 @@ def text_of(told: Told) -> str:
     if told.state == "not running":
         return "nothing runs there"
     if told.state == "no answer":
-        return "no launcher has answered: it may have been killed"
+        return f"{told.why or 'no launcher has answered'}: it may have been killed"
     if told.state == "stopping":
         return "the run is stopping"
     saved = (
@@ -120,12 +130,16 @@ def text_of(told: Told) -> str:
     return f"{told.state} (exit {told.code}): {saved}{f' ({told.why})' if told.why else ''}"
 
 
-def _told(events: Sequence[Event], ended: Event | None) -> Told:
-    if ended is None:
-        return Told(state="stopping")
-    start = max(n for n, one in enumerate(events) if one.event == "start")
-    since = events[start:]
+def _told(events: Sequence[Event], heard: int, end: int) -> Told:
+    since = events[_start(events, heard, end) : end + 1]
     steps = [int(one["step"]) for one in since if one.event in ("save", "rescue")]
     why = next((str(one["why"]) for one in reversed(since) if one.event == "stop_decision"), "")
-    code = int(ended["code"])
+    code = int(events[end]["code"])
     return Told(state="finished" if code == 0 else "stopped", code=code, saved_step=max(steps, default=None), why=why)
+
+
+def _start(events: Sequence[Event], heard: int, end: int) -> int:
+    """Where the first of the launchers has started that were there when the order was heard, and have said so since."""
+    began = {(one.host, one.pid): n for n, one in enumerate(events[:heard]) if one.event == "start"}
+    said = {(one.host, one.pid) for one in events[heard : end + 1]}
+    return min((n for who, n in began.items() if who in said), default=0)
