@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from elastic_fit.callbacks import release, session
+from elastic_fit.callbacks.notice import NOTICES
 from elastic_fit.supervisor.board import Board
 from elastic_fit.supervisor.context import WorkerContext
 
@@ -19,11 +20,12 @@ def install(context: WorkerContext, board: Board) -> None:
     """Put elastic-fit in place in this worker, before the user's script runs.
 
     Lightning is adapted as soon as it is imported, by whomever; a script that never imports it never pays for it.
-    From here on stop signals latch, and a thread hears what the agent asks while the main thread can't.
+    From here on stop signals latch, notices are asked, and a thread hears the agent where the main thread can't.
     """
     worker = session.begin(context, board)
     worker.latch.install()
     release.watch(board, worker.latch)
+    NOTICES.listen(board)
     if _LIGHTNING in sys.modules:
         _adapt()
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
 import threading
 
 from elastic_fit.callbacks import _lightning
@@ -13,7 +12,8 @@ from elastic_fit.callbacks._dataloader import end_unborn, keep_readers
 from elastic_fit.callbacks.latch import Latch
 from elastic_fit.callbacks.notice import NOTICES
 from elastic_fit.supervisor.agreement import STOP_KEY
-from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode, Word
+from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
+from elastic_fit.supervisor.stop import asker
 
 log = logging.getLogger("elastic_fit")
 
@@ -32,6 +32,7 @@ def begin() -> tuple[Board, Latch]:
     ended = threading.Event()
     thread = threading.Thread(target=_answer, args=(board, latch, ended), name="elastic-fit-stop", daemon=True)
     thread.start()
+    NOTICES.listen(board)
     keep_readers(board, latch)
     atexit.register(_end, board, os.getpid(), thread, ended)
     return board, latch
@@ -54,7 +55,7 @@ def _answer(board: Board, latch: Latch, ended: threading.Event) -> None:
     while not ended.is_set():
         latch.wait(LOOK_S)
         end_unborn()
-        why = _wanted_here(board)
+        why = asker(board[Word.SIGNALLED])
         try:
             store = store or _lightning.own_connection()
             if store is not None and why:
@@ -67,13 +68,3 @@ def _answer(board: Board, latch: Latch, ended: threading.Event) -> None:
             log.warning("elastic-fit: stopping (%s)", why)
             board.ask(1, StopMode.SAVE)
             return
-
-
-def _wanted_here(board: Board) -> str | None:
-    number = board[Word.SIGNALLED]
-    if number:
-        return signal.Signals(number).name
-    why = NOTICES.look() if os.environ.get("LOCAL_RANK", "0") == "0" else None
-    if why:
-        board.ask_back(NOTICED)
-    return why

@@ -6,7 +6,6 @@
 - A rescue in the main thread's place, where even that doesn't bring it back: gloo may miss the end of a connection that
   breaks just as an operation begins (seen once in a hundred kills), and a kernel of a device may never return.
 - The way out of a worker that is told to stop while it waits for its peers to start: there is nothing to be saved.
-- Notices of the user's are asked whether to stop.
 - Processes that were forked to read data and never began are ended.
 """
 
@@ -26,8 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from elastic_fit.callbacks._dataloader import end_unborn
 from elastic_fit.callbacks.latch import Latch
-from elastic_fit.callbacks.notice import NOTICES
-from elastic_fit.supervisor.board import NOTICED, Board, Phase, StopMode, Word
+from elastic_fit.supervisor.board import Board, Phase, StopMode, Word
 from elastic_fit.supervisor.exits import Exit
 
 if TYPE_CHECKING:
@@ -73,15 +71,11 @@ def _run(board: Board, latch: Latch) -> None:
 
 
 def _act(board: Board, latch: Latch) -> None:
-    asks_notices = os.environ.get("LOCAL_RANK", "0") == "0"
     why = None
     while why is None and not _is_asked_to_leave(board):
         latch.wait(LOOK_S)
         end_unborn()
         why = trouble() if trouble is not None else None
-        if asks_notices and not board.request and (notice := NOTICES.look()):
-            log.warning("elastic-fit: asked to stop: %s", notice)
-            board.ask_back(NOTICED)
         if board.request and _waits_outside(board, latch):
             _leave_early(board, latch)
     if why is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from elastic_fit.supervisor.board import NOTICED, Board, Word
-from elastic_fit.supervisor.stop import StopRequest
+from elastic_fit.supervisor.stop import StopRequest, asker
 
 LOOK_S = 0.5
 """Pause between two looks at the files."""
@@ -168,7 +168,7 @@ class Ears:
             is_notice = number == NOTICED
             yield StopRequest(
                 source="notice" if is_notice else "worker",
-                reason="a notice" if is_notice else signal.Signals(number).name,
+                reason=asker(number),
                 asked_ns=board[Word.SIGNALLED_NS],
                 grace_s=self._grace_s,
                 signal=0 if is_notice else number,

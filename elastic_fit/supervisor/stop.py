@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from elastic_fit.supervisor.board import StopMode
+from elastic_fit.supervisor.board import NOTICED, StopMode
 from elastic_fit.supervisor.exits import Exit
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,6 +38,13 @@ def stays_ignored(number: int, found: object) -> bool:
 def unsaved_after(number: int) -> Exit:
     """The exit status where nothing new was saved after that signal; 0 where none has asked."""
     return Exit.INTERRUPTED if number == signal.SIGINT else Exit.TERMINATED
+
+
+def asker(number: int) -> str:
+    """In words, what has asked a worker to stop, by its board's `Word.SIGNALLED`; empty where nothing has."""
+    if number == NOTICED:
+        return "a notice"
+    return signal.Signals(number).name if number else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

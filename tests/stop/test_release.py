@@ -66,8 +66,6 @@ def test_groups_are_aborted_at_the_same_time_for_one_may_hold_the_other_up(monke
 def test_failure_that_the_watchdog_of_nccl_has_found_closes_the_gate(
     board: Board, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the rank that asks the user's notices as well as on others."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
     broken: list[str] = []
 
     def break_off() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from elastic_fit.launch.stopping import Ears, Order, Orders
 from elastic_fit.supervisor.board import NOTICED, Board, StopMode, Word
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.stop import Answer, StopRequest, answer, weigh
-from tests.agent.harness import ScriptedLatch
+from tests.agent.harness import ScriptedLatch, wait_until
 
 
 def request(source: str = "signal", number: int = signal.SIGTERM) -> StopRequest:
@@ -163,24 +164,40 @@ def test_a_notice_of_a_worker_is_told_as_one(tmp_path: Path) -> None:
     assert (heard.source, heard.signal) == ("notice", 0)
 
 
-def test_a_notice_that_raises_is_asked_again_when_it_is_due() -> None:
-    now = [0.0]
-    notices = Notices(clock=lambda: now[0])
-    answers = iter([OSError("no route"), None, "the machine goes at noon"])
+@pytest.mark.parametrize("is_known_before", [True, False], ids=["before anybody listens", "after that"])
+def test_a_notice_is_heard_that_raised_before_and_beside_one_that_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_known_before: bool
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    board = Board.create(tmp_path / "board")
+    answers = iter([OSError("no route"), SystemExit("no token"), None, "the machine goes at noon"])
+    never = threading.Event()
 
     def check() -> object:
         said = next(answers)
-        if isinstance(said, OSError):
+        if isinstance(said, BaseException):
             raise said
         return said
 
-    notices.add(check, every_s=5.0)
-    assert notices.look() is None
-    assert notices.look() is None  # not due: `check` isn't called
-    now[0] = 5.0
-    assert notices.look() is None
-    now[0] = 10.0
-    assert notices.look() == "the machine goes at noon"
+    notices = Notices()
+    if not is_known_before:
+        notices.listen(board)
+    notices.add(never.wait, every_s=0.001)
+    notices.add(check, every_s=0.001)
+    if is_known_before:
+        notices.listen(board)
+    wait_until(lambda: board[Word.SIGNALLED] == NOTICED)
+    never.set()
+    assert [said for said in ("no route", "no token", "goes at noon") if said not in caplog.text] == []
+
+
+def test_a_notice_is_asked_on_one_rank_of_each_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    before = threading.enumerate()
+    notices = Notices()
+    notices.add(lambda: "asked", every_s=0.001)
+    notices.listen(Board.create(tmp_path / "board"))
+    assert set(threading.enumerate()) <= set(before)
 
 
 def test_an_order_names_who_gave_it_where_the_environment_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -618,23 +618,35 @@ trainer(Late(), Waits(), enable_checkpointing=True).fit(Model())
     assert codes == {0: 1, 1: 143}
 
 
-def test_a_signal_to_one_rank_is_heard_at_once_while_it_waits_in_a_collective(elastic: Elastic) -> None:
-    body = """
-import sys, threading, time
+BLOCKS = "import elastic_fit\nelastic_fit.on_stop_notice(lambda: time.sleep(600))\n"
+
+
+@pytest.mark.parametrize(("rank", "before"), [(1, ""), (0, BLOCKS)], ids=["", "a notice blocks"])
+def test_a_signal_to_one_rank_is_heard_at_once_while_it_waits_in_a_collective(
+    elastic: Elastic, rank: int, before: str
+) -> None:
+    body = f"""
+STRUCK = {rank}
+{before}"""
+    body += """
+import linecache, sys, threading
 from elastic_fit.callbacks import session
 
 def strike_in_the_collective():
     main = threading.main_thread().ident
-    while sys._current_frames()[main].f_code.co_name != "_engine_run_backward":
+    line = ""
+    while "_execution_engine.run_backward(" not in line:  # one that is still on its way there hears by itself
         time.sleep(0.001)
+        frame = sys._current_frames()[main]
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     note("told", time.time())
     os.kill(os.getpid(), signal.SIGTERM)
 
 class Apart(Model):
     def training_step(self, batch, batch_idx):
-        if self.global_step == 5 and RANK == 1:
+        if self.global_step == 5 and RANK == STRUCK:
             threading.Thread(target=strike_in_the_collective).start()
-        if self.global_step == 5 and RANK == 0:
+        if self.global_step == 5 and RANK != STRUCK:
             limit = time.monotonic() + 20
             while not session.current().board.request and time.monotonic() < limit:
                 time.sleep(0.001)
@@ -644,7 +656,7 @@ trainer(max_epochs=2000).fit(Apart())
 """
     first = elastic(TELL + body)
     (asked,) = first.events("stop_requested")
-    assert (asked["source"], asked["reason"], asked["rank"]) == ("worker", "SIGTERM", 1)
+    assert (asked["source"], asked["reason"], asked["rank"]) == ("worker", "SIGTERM", rank)
     assert asked.t - float(first.notes("told")[0]) < 1
     assert first.code == 75
 

@@ -175,6 +175,13 @@ fit()
     assert ranks.step() >= 5
 
 
+def test_a_notice_that_blocks_keeps_nobody_from_being_told_nor_the_processes_from_ending(started) -> None:
+    ranks = started("import elastic_fit\nelastic_fit.on_stop_notice(lambda: time.sleep(600))\nfit()\n")
+    ranks.wait_for_training()
+    ranks.send(1, signal.SIGTERM)
+    assert ranks.codes() == [75, 75], ranks.said()
+
+
 def test_one_process_alone_does_so_too_and_a_second_interrupt_ends_it_at_once(started) -> None:
     ranks = started("fit()\n", 1)
     ranks.wait_for_training()
