@@ -207,6 +207,11 @@ class Attempt:
         """Global rank of a worker."""
         return self._workers[pid].plan.rank
 
+    @property
+    def is_rescuing(self) -> bool:
+        """Whether the workers were told that a peer is gone."""
+        return self._is_rescuing
+
     def ask(self, request: int, mode: StopMode, deadline_ns: int) -> None:
         """Put the stop word on the boards of the running workers.
 

@@ -219,7 +219,8 @@ class ClusterAgent(ElasticAgent):
         if change.cause is Cause.FINISHED:
             return ending_ns
         if change.cause >= Cause.FAILED:
-            return ending_ns or self._release_survivors(attempt)
+            # Who was asked to end together with the others can't any more.
+            return ending_ns if attempt.is_rescuing else self._release_survivors(attempt)
         return self._ask_to_save(attempt, change, ending_ns)
 
     def _ask_to_save(self, attempt: Attempt, change: Change, ending_ns: int) -> int:

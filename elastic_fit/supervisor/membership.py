@@ -68,7 +68,7 @@ class Fence:
 
     why: str
     cause: Cause | None = None
-    """As in `Release`: with LOST there is time to save, because nobody else can go on yet."""
+    """As in `Release`: with LOST there is time to save, because nobody else can go on yet, or this node hears of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,10 +325,17 @@ def _gather(view: View, roster: Roster) -> Move:
     if leader is None or not is_gone(leader, view.bounds):
         return Wait(why="the nodes gather with", missing=(roster.leading.name if roster.leading else roster.leader,))
     if _is_dead(leader, view.bounds, view.bounds.silence_s):
-        lost = tuple(dict.fromkeys((*roster.lost, roster.leader)))
-        takes_over = roster.after(leader=view.me.node, leading=view.me, lost=lost)
-        return Propose(roster=takes_over)
-    return Fence(why=f"{leader.profile.name} gathers the nodes and can't be reached from here")
+        return _take_over(view, roster)
+    # Its next round may begin without this node, but what is saved here until then counts.
+    return Fence(why=f"{leader.profile.name} gathers the nodes and can't be reached from here", cause=Cause.LOST)
+
+
+def _take_over(view: View, roster: Roster) -> Propose:
+    """Lead the gathering in place of a leader that is gone: if it was a member and has not said goodbye, it is lost."""
+    lost = tuple(dict.fromkeys((*roster.lost, roster.leader)))
+    is_loss = roster.seats(roster.leader) and roster.leader not in roster.lost
+    cause = max(roster.cause, Cause.LOST) if is_loss else roster.cause
+    return Propose(roster=roster.after(leader=view.me.node, leading=view.me, cause=cause, lost=lost))
 
 
 def _graver(view: View, roster: Roster) -> Propose | None:

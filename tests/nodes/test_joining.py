@@ -113,6 +113,33 @@ def test_node_that_comes_while_the_others_are_busy_is_taken_in_once_they_are_don
 
 @pytest.mark.system
 @pytest.mark.slow
+@pytest.mark.parametrize("leads", [True, False], ids=["who gathers them", "another one"])
+def test_host_that_freezes_while_the_others_make_room_for_a_newcomer_holds_nobody_up(
+    hosts: Cluster, leads: bool
+) -> None:
+    busy = {"VALIDATE_EVERY": "30"}
+    hosts.hold("validation")
+    running = {host: hosts.launch(host, **busy) for host in ("h1", "h2")}
+    hosts.wait_until(lambda: hosts.is_held("validation"))
+    running["h3"] = hosts.launch("h3", **busy)
+    hosts.wait_until(lambda: hosts.roster().phase is Phase.GATHERING)
+    assert hosts.roster().cause is Cause.JOIN
+    leader = next(member.name for member in hosts.roster().members if member.node == hosts.roster().leader)
+    frozen = leader if leads else ({"h1", "h2"} - {leader}).pop()
+    hosts.hold(f"validation-{frozen}")
+    hosts.let_go("validation")  # the other one goes on until it waits for this one in a collective
+    hosts.hosts("kill", frozen, "STOP")
+    since = time.time()
+    assert hosts.wait_until(lambda: hosts.trains_with(2, after=since)) < 12, hosts.story()
+    hosts.let_go(f"validation-{frozen}")
+    hosts.hosts("kill", frozen, "CONT")
+    woken = time.time()
+    hosts.wait_until(lambda: hosts.trains_with(3, after=woken))
+    assert_it_ends_well(hosts, *running.values())
+
+
+@pytest.mark.system
+@pytest.mark.slow
 def test_node_that_comes_during_a_restart_is_taken_in_with_it_or_right_after_it(hosts: Cluster) -> None:
     started = [hosts.launch(host) for host in ("h1", "h2")]
     hosts.wait_until(lambda: hosts.trains_with(2))
