@@ -31,7 +31,10 @@ class Arbiter(Protocol):
         """Raise StorageError where nothing could ever be decided here."""
 
     def read(self) -> tuple[int, bytes] | None:
-        """The newest version and its document, or None where there is none."""
+        """The newest version and its document, or None where there is none.
+
+        Raises StorageError where it can't be told which version that is.
+        """
 
     def where(self, version: int) -> str:
         """Where a person finds that version."""
@@ -55,11 +58,16 @@ def roster_of(arbiter: Arbiter, found: tuple[int, bytes]) -> Roster:
     try:
         return Roster.parse(document)
     except ValueError as error:
-        raise StorageError(
-            f"what the nodes have agreed on last can't be read: {arbiter.where(version)}: {error}",
-            hint="another version of elastic-fit may have written it; else, once no node of the job lives any more, "
-            "delete it and start the job again: no checkpoint is in there",
-        ) from error
+        raise unreadable(arbiter.where(version), error) from error
+
+
+def unreadable(where: str, error: ValueError) -> StorageError:
+    """What is told of a document that is no roster."""
+    return StorageError(
+        f"what the nodes have agreed on last can't be read: {where}: {error}",
+        hint="another version of elastic-fit may have written it; else, once no node of the job lives any more, "
+        "delete it and start the job again: no checkpoint is in there",
+    )
 
 
 class FolderArbiter:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from elastic_fit.launch.arbiter import ArbiterLost
+from elastic_fit.launch.arbiter import ArbiterLost, unreadable
 from elastic_fit.supervisor.errors import UsageError
 from elastic_fit.supervisor.roster import Roster
 
@@ -63,10 +63,13 @@ class EtcdArbiter:
             except self._etcd.EtcdKeyNotFound:
                 self._index = None
                 return None
-            document = base64.b64decode(found.value)
+        try:
+            document = base64.b64decode(found.value or "", validate=True)
             version = Roster.parse(document).version
-            self._index = (version, int(found.modifiedIndex))
-            return version, document
+        except ValueError as error:
+            raise unreadable(f"{self._key} in the etcd server", error) from error
+        self._index = (version, int(found.modifiedIndex))
+        return version, document
 
     def where(self, version: int) -> str:
         """See `Arbiter`."""

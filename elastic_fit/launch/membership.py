@@ -22,6 +22,7 @@ from elastic_fit.launch.arbiter import ArbiterLost
 from elastic_fit.launch.keeper import Keeper
 from elastic_fit.launch.rendezvous import STORE_TIMEOUT
 from elastic_fit.launch.rounds import Change, Gathered, JobClosed, NodeRefused, Report, Verdict
+from elastic_fit.supervisor.errors import RunIsHeld
 from elastic_fit.supervisor.membership import End, Form, Train, Wait
 from elastic_fit.supervisor.policy import UNREACHABLE, WorkerFailure
 from elastic_fit.supervisor.roster import Cause, Phase, Roster
@@ -40,7 +41,8 @@ class ElasticRendezvous(RendezvousHandler):
         run_id: the job's id.
         backend: name under which the user asked for it.
         newest_generation: the highest fencing number taken so far.
-        take_generation: publish a fencing number, so that commits under older ones are refused.
+        take_generation: publish a fencing number, so that commits under older ones are refused; False where somebody
+            else has it. May raise RunIsHeld.
         idle: called about once a second while waiting, with what is waited for; may raise to end the wait.
         port: where a round's store is served, if nobody else has it; 0 is any.
     """
@@ -52,7 +54,7 @@ class ElasticRendezvous(RendezvousHandler):
         *,
         backend: str = "elastic-fit",
         newest_generation: Callable[[], int],
-        take_generation: Callable[[int], None],
+        take_generation: Callable[[int], bool],
         idle: Callable[[str], None] | None = None,
         port: int = 0,
     ) -> None:
@@ -259,8 +261,13 @@ class ElasticRendezvous(RendezvousHandler):
         sealed = roster.after(generation=generation)
         if not keeper.store(sealed, ANSWER_S):
             return roster.version
-        self._take_generation(generation)
-        verdict = self._judge(self._gathered(move, sealed)) if self._judge else Verdict(goes_on=True)
+        try:
+            if not self._take_generation(generation):
+                return roster.version
+        except RunIsHeld as held:
+            verdict = Verdict(goes_on=False, status=1, facts={"why": held.message})
+        else:
+            verdict = self._judge(self._gathered(move, sealed)) if self._judge else Verdict(goes_on=True)
         facts = dict(verdict.facts)
         if not verdict.goes_on:
             closed = sealed.after(phase=Phase.CLOSED, decision={**facts, "status": verdict.status})

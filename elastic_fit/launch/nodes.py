@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import os
@@ -11,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter, rost
 from elastic_fit.launch.closing import close, tally
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.names import address_of, interface_of, is_free, is_here, look_up
+from elastic_fit.launch.occupants import etcd_of, keep_out_of_other_jobs
 from elastic_fit.launch.requeue import JobStart
 from elastic_fit.launch.slurm import Controller
 from elastic_fit.launch.stopping import Orders
@@ -70,9 +72,12 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
         found = _find_job(folder, invocation, console)
         if isinstance(found, Status):
             return found
-        guest_of, run_id = found, ""
+        (guest_of, invocation), run_id = found, ""
     elif invocation.fresh:
         console.set_aside(start_over(folder, lambda is_shared: _has_begun(folder, invocation, is_shared=is_shared)))
+    if guest_of is None and folder.is_run():
+        name = run_name(rdzv_id(invocation), folder.read_identity())
+        keep_out_of_other_jobs(folder, _name_in_etcd(invocation, name))
     mine = share(folder)  # no supervisor has the run alone meanwhile
     try:
         identity = folder.create(command=sys.argv, run_id=run_id)
@@ -82,15 +87,22 @@ def launch_node(invocation: Invocation, console: Console, nursery: Nursery) -> S
         mine.release()
 
 
-def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> Roster | Status:
-    """The job that a guest is to take part in, or what its command ends with at once."""
+def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> tuple[Roster, Invocation] | Status:
+    """The job that a guest is to take part in, with its command line completed, or what that ends with at once."""
     from elastic_fit.launch.guest import find_job
     from elastic_fit.launch.signals import SignalLatch
+
+    sent = invocation
+
+    def look() -> Roster | None:
+        nonlocal sent
+        sent = _sent_to(invocation, folder)
+        return _newest_roster(folder, sent)
 
     with SignalLatch() as latch:
         found = find_job(
             folder.root,
-            lambda: _newest_roster(folder, invocation),
+            look,
             latch,
             patience_s=_bounds(invocation).patience_s,
             clock=time.monotonic,
@@ -98,8 +110,22 @@ def _find_job(folder: RunDir, invocation: Invocation, console: Console) -> Roste
         )
         signals = latch.take()
     if found is not None and not signals:
-        return found
+        return found, sent
     return Status.INTERRUPTED if signal.SIGINT in signals else Status.TERMINATED if signals else Status.FINISHED
+
+
+def _sent_to(invocation: Invocation, folder: RunDir) -> Invocation:
+    """A guest's command line as if it had said all that it may leave out of where the job's nodes agree over etcd."""
+    found = etcd_of(folder) if folder.is_run() else None
+    if found is None:
+        return invocation
+    job, endpoint = found
+    args = argparse.Namespace(**vars(invocation.torchrun))
+    if args.rdzv_backend not in ETCD_BACKENDS:
+        args.rdzv_backend, args.rdzv_endpoint = ETCD_BACKENDS[0], endpoint
+    if rdzv_id(invocation) == NO_ID and job != folder.read_identity().run_id:
+        args.rdzv_id = job
+    return replace(invocation, torchrun=args)
 
 
 def _newest_roster(folder: RunDir, invocation: Invocation) -> Roster | None:
@@ -135,6 +161,11 @@ def rdzv_id(invocation: Invocation) -> str:
 def run_name(given: str, identity: Identity) -> str:
     """What the job is called, in etcd and to its workers: the ``--rdzv-id`` that was given, else the run's own id."""
     return given if given != NO_ID else identity.run_id
+
+
+def _name_in_etcd(invocation: Invocation, name: str) -> str:
+    """What a job of that name is called in etcd; empty where its nodes agree in the run folder."""
+    return name if invocation.torchrun.rdzv_backend in ETCD_BACKENDS else ""
 
 
 def arbiter_of(invocation: Invocation, folder: RunDir, name: str) -> Arbiter:
@@ -253,13 +284,19 @@ class _Node:
             name,
             backend=args.rdzv_backend,
             newest_generation=lambda: newest_generation(self.folder.generations),
-            take_generation=self._take_generation,
+            take_generation=lambda number: self._take_generation(number, _name_in_etcd(self.invocation, name)),
             port=int(args.master_port or 0),
         )
 
-    def _take_generation(self, number: int) -> None:
-        publish_generation(self.folder.generations, number, Holder.this_process())
+    def _take_generation(self, number: int, own: str) -> bool:
+        """Publish the number of a round that this node leads; False where somebody else has it. See `occupants`."""
+        if not self._generation:
+            keep_out_of_other_jobs(self.folder, own)
+        if not publish_generation(self.folder.generations, number, Holder.this_process()):
+            keep_out_of_other_jobs(self.folder, own)
+            return False
         self._generation = number
+        return True
 
     def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""

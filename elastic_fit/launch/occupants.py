@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import ModuleType
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter
+from elastic_fit.launch.etcd import EtcdArbiter
 from elastic_fit.supervisor.errors import RunIsHeld, StorageError
-from elastic_fit.supervisor.ledger import Event, read
+from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.roster import Roster
 from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store.generation import newest_generation
 from elastic_fit.supervisor.store.sharing import is_shared
 
 
@@ -26,37 +30,84 @@ def nodes_at_work(folder: RunDir) -> list[str]:
 
     Raises StorageError where only an etcd server can tell, and doesn't.
     """
-    try:
-        for arbiter in _arbiters(folder):
-            from elastic_fit.launch.introduction import is_anybody_there, open_roster  # imports torch
+    for _, roster in _open_rosters(folder, _newest_home(folder)):
+        if is_shared(folder) or _introduction().is_anybody_there(roster):
+            return _names(roster)
+    return []
 
-            roster = open_roster(arbiter)
-            if roster is not None and (is_shared(folder) or is_anybody_there(roster)):
-                gathering = [roster.leading] if roster.leading is not None else []
-                return [one.name for one in roster.members or gathering]
+
+def keep_out_of_other_jobs(folder: RunDir, own: str) -> None:
+    """Raise RunIsHeld where a job has begun in the folder, and goes on, that agrees elsewhere than this node's.
+
+    Of two that begin at once it is the other one whose generation is published, and only one of them can be so.
+
+    Args:
+        folder: the run's.
+        own: what this node's job is called in etcd; empty where it agrees in the folder.
+
+    Raises StorageError as `nodes_at_work` does.
+    """
+    homes = {job: endpoint for job, endpoint in _unfinished_homes(folder).items() if job != own}
+    newest = newest_generation(folder.generations)
+    for home, roster in _open_rosters(folder, homes):
+        if home == own or not 0 < roster.generation <= newest or not _introduction().is_anybody_there(roster):
+            continue
+        called = roster.leading.traits.get("id") if roster.leading is not None else None
+        where = f"over the etcd server at {homes[home]}" if home else "in the folder"
+        raise RunIsHeld(
+            f"the run {folder.root} is going on as another job, whose nodes agree {where}"
+            f" (--rdzv-id {called}): {', '.join(_names(roster))}",
+            hint="give this node that job's --rdzv-id, --rdzv-backend and --rdzv-endpoint, or another --run-dir",
+        )
+
+
+def etcd_of(folder: RunDir) -> tuple[str, str] | None:
+    """What the job in the folder is called in etcd, and the server's endpoint; None where it doesn't agree there."""
+    return next(iter(_newest_home(folder).items()), None)
+
+
+def _introduction() -> ModuleType:
+    """Imports torch: only where there is a job to be asked."""
+    from elastic_fit.launch import introduction
+
+    return introduction
+
+
+def _names(roster: Roster) -> list[str]:
+    gathering = [roster.leading] if roster.leading is not None else []
+    return [one.name for one in roster.members or gathering]
+
+
+def _open_rosters(folder: RunDir, homes: Mapping[str, str]) -> Iterator[tuple[str, Roster]]:
+    """What has not been closed, in the folder (its name is empty) and over etcd, by what the jobs are called there."""
+    arbiters: dict[str, Arbiter] = {"": FolderArbiter(folder.membership)} if folder.membership.is_dir() else {}
+    arbiters |= {job: EtcdArbiter.at(endpoint, job) for job, endpoint in homes.items()}
+    try:
+        for job, arbiter in arbiters.items():
+            roster = _introduction().open_roster(arbiter)
+            if roster is not None:
+                yield job, roster
     except ArbiterLost as error:
         raise StorageError(
             f"can't tell whether the run {folder.root} is going on: {error.message}",
             hint="bring back what its nodes agree in; or give this run another folder with --run-dir",
         ) from error
-    return []
 
 
-def _arbiters(folder: RunDir) -> Iterator[Arbiter]:
-    if folder.membership.is_dir():
-        yield FolderArbiter(folder.membership)
-    start = _unfinished_start(read(folder.events))
-    if start is not None and start.get("etcd"):
-        from elastic_fit.launch.etcd import EtcdArbiter
-
-        yield EtcdArbiter.at(str(start["etcd"]), str(start["job"]))
+def _newest_home(folder: RunDir) -> dict[str, str]:
+    """The endpoint of the etcd server that the newest start speaks of, by what the job is called there."""
+    return dict(list(_unfinished_homes(folder).items())[:1])
 
 
-def _unfinished_start(events: list[Event]) -> Event | None:
-    """The newest start of a launcher, unless a job has ended since: then no server needs to be asked about it."""
-    for event in reversed(events):
-        if event.event == "finish" and not event.get("left"):
-            return None
+def _unfinished_homes(folder: RunDir) -> dict[str, str]:
+    """The same of all starts of nodes that agree over etcd, the newest first.
+
+    Where a job has ended since, or has begun that agrees in the folder, no server needs to be asked about it.
+    """
+    homes: dict[str, str] = {}
+    for event in reversed(read(folder.events)):
+        if (event.event == "finish" and not event.get("left")) or (event.event == "start" and not event.get("etcd")):
+            break
         if event.event == "start":
-            return event
-    return None
+            homes.setdefault(str(event["job"]), str(event["etcd"]))
+    return homes

@@ -88,7 +88,7 @@ class Node:
         profile = Profile(node=name, name=name, address="127.0.0.1", port=links.port, workers=1)
         keeper = Keeper(replace(profile, port=self.proxy.port), BOUNDS, arbiter, links, listening=listening)
         self.rendezvous = ElasticRendezvous(
-            keeper, "run", newest_generation=lambda: 0, take_generation=lambda number: None, idle=self._idle
+            keeper, "run", newest_generation=lambda: 0, take_generation=lambda number: True, idle=self._idle
         )
         self.is_in: tuple[str, ...] = ()
         """Names of the nodes of the round that this one is in; empty while it waits."""

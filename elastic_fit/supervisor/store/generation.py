@@ -170,14 +170,20 @@ def take_generation(tickets: Path, holder: Holder) -> int:
         raise StorageError(f"can't take a generation in {tickets}: {error.strerror}", hint=MENDED_BY) from error
 
 
-def publish_generation(tickets: Path, number: int, holder: Holder) -> None:
-    """Take a number that the nodes of a job have agreed on. Raises StorageError where the folder can't be written.
+def publish_generation(tickets: Path, number: int, holder: Holder) -> bool:
+    """Take a number that the nodes of a job have agreed on; False where somebody else has taken that one.
 
-    A number that is there already, or lower than the newest, changes nothing: only the highest counts.
+    Raises StorageError where the folder can't be written. A number lower than the newest changes nothing: only the
+    highest counts.
     """
     try:
-        with _ticket(tickets, holder) as ticket, contextlib.suppress(FileExistsError):
-            os.link(ticket, tickets / f"{number:08d}")
+        with _ticket(tickets, holder) as ticket:
+            try:
+                os.link(ticket, tickets / f"{number:08d}")
+            except FileExistsError:
+                # Over NFS the reply to a link that succeeded may be lost and the request sent again: count the names.
+                return os.stat(ticket).st_nlink == 2
+            return True
     except OSError as error:
         what = f"can't take generation {number} in {tickets}"
         raise StorageError(f"{what}: {error.strerror}", hint=MENDED_BY) from error
