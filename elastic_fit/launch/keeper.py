@@ -117,6 +117,11 @@ class Keeper:
         failure = self._contact.failure
         return failure.message if failure is not None else ""
 
+    @property
+    def hears_others(self) -> bool:
+        """Whether another node is connected with this one."""
+        return any(self._links.is_up(node) for node in list(self._links.known))
+
     def close(self) -> None:
         """Leave: hang up, and take this node's counter away."""
         self._closed = True

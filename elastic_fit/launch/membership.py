@@ -165,6 +165,11 @@ class ElasticRendezvous(RendezvousHandler):
         with self._keeper.changed:
             return self._keeper.roster is not None and self._keeper.roster.seats(self._keeper.me.node)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other node is to be heard."""
+        return not self._keeper.hears_others
+
     def lead(self, judge: Callable[[Gathered], Verdict]) -> None:
         """Set what decides how to go on when this node forms a round."""
         self._judge = judge

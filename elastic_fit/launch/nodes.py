@@ -245,7 +245,7 @@ class _Node:
         try:
             agent = self._agent(ledger, latch, rendezvous)
             agent.run()
-            if not agent.leaves:  # else the others may still have to hear them
+            if not agent.leaves or rendezvous.is_alone:  # else the others may still have to hear them
                 agent.forget_orders()
         finally:
             rendezvous.shutdown()

@@ -156,7 +156,7 @@ def test_node_that_waits_for_others_is_stopped_by_the_command_which_knows_at_onc
         [COMMAND, "stop", str(nodes.folder / "run"), "--wait"], capture_output=True, text=True, timeout=60
     )
     assert (stop.returncode, stop.stdout.strip()) == (0, "stopped (exit 143): nothing new saved")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30, "it has not waited for the grace to be over"
     assert waiting.wait(timeout=10) == 143
 
 
