@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic_fit.supervisor.board import Board, Word
 from elastic_fit.supervisor.exits import Exit
-from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
+from elastic_fit.supervisor.signals import STOP_SIGNALS, stays_ignored
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 

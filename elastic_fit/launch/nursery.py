@@ -35,7 +35,7 @@ from typing import Any
 
 from elastic_fit.supervisor import watch
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
+from elastic_fit.supervisor.signals import STOP_SIGNALS, stays_ignored
 
 MESSAGE_BYTES = 1 << 20
 BOARD_DESCRIPTOR = min(150, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 64) - 1)

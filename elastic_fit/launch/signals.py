@@ -9,18 +9,18 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from elastic_fit.supervisor.stop import STOP_SIGNALS, stays_ignored
+from elastic_fit.supervisor.signals import STOP_SIGNALS, stays_ignored
 
 Result = TypeVar("Result")
 
 HELD = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 
 
-def hold_signals() -> None:
+def hold_signals() -> set[int]:
     """Have stop signals wait until a `SignalLatch` is there to take them: whoever is told to stop while it still
-    imports things stops in good order a moment later. Ctrl-C is let through.
+    imports things stops in good order a moment later. Ctrl-C is let through. Returns what was held before.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, HELD))
 
 
 class CutShort(BaseException):

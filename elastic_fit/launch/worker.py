@@ -23,7 +23,7 @@ from typing import NoReturn
 from elastic_fit.supervisor.board import Board, Phase, Word
 from elastic_fit.supervisor.context import WorkerContext
 from elastic_fit.supervisor.exits import Exit as Status
-from elastic_fit.supervisor.stop import STOP_SIGNALS
+from elastic_fit.supervisor.signals import STOP_SIGNALS
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 

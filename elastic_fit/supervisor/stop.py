@@ -16,23 +16,10 @@ from typing import Any
 from elastic_fit.supervisor.board import NOTICED, StopMode
 from elastic_fit.supervisor.exits import Exit
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks to stop, sent to a launcher or to a worker."""
-OF_A_TERMINAL = (signal.SIGHUP, signal.SIGINT)
-"""Those of them that mean the terminal's own jobs."""
 SLACK = 1.25
 """A save may take so many times as long as the slowest of the last ones did."""
 LEAST_MARGIN_S = 0.2
 """What is left for the way out, beyond the save itself."""
-
-
-def stays_ignored(number: int, found: object) -> bool:
-    """Whether that signal, so handled before anything of ours, means nothing to this process.
-
-    ``nohup`` has SIGHUP ignored, and a shell SIGINT where ``&`` starts a job in a script: such a job is none of the
-    terminal's. A parent that ignores one of the others is careless, and must not cost the job its last save.
-    """
-    return number in OF_A_TERMINAL and found == signal.SIG_IGN
 
 
 def unsaved_after(number: int) -> Exit:

@@ -50,6 +50,24 @@ def test_signal_to_every_process_of_a_launcher_that_still_imports_ends_it_in_goo
     assert "nothing was to be started" not in said
 
 
+def test_signal_to_a_launcher_at_the_first_import_that_takes_time_ends_it_in_good_order(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('nothing was to be started any more')")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Strike:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'elastic_fit.launch.render':\n"
+        "            os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.meta_path.insert(0, Strike())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [COMMAND, "train.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
+    )
+    assert ended.returncode == 143, ended.stderr
+    assert "SIGUSR1: saving and stopping" in ended.stderr
+
+
 @pytest.mark.parametrize("nodes", ["1", "1:2"])
 def test_an_order_to_stop_is_heard_as_soon_as_the_command_sees_a_launcher(tmp_path: Path, nodes: str) -> None:
     (tmp_path / "train.py").write_text("import time; time.sleep(60)")

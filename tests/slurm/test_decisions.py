@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from elastic_fit.supervisor.requeue import (
 from elastic_fit.supervisor.roster import Phase, Profile, Roster, refusal
 from elastic_fit.supervisor.rundir import RunDir
 from elastic_fit.supervisor.view import Bounds, View
+from tests.agent.harness import wait_until
 from tests.launching import Elastic
 
 RUNNING = Scheduler(is_running=True)
@@ -123,6 +126,54 @@ def test_batch_script_of_an_elastic_job() -> None:
     assert options >= {"--ntasks-per-node=1", "--no-kill", "--mem=8G", "--output=test_decisions-%j.log"}
     assert "PET_NNODES=1:4 ELASTIC_FIT_GRACE=120" in text
     assert text.rstrip().endswith(f"{__file__} --lr 0.1")
+
+
+def run_as_slurm_does(text: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a batch script where `srun` is a program that starts its command right here."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    srun = programs / "srun"
+    srun.write_text('#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+    srun.chmod(0o755)
+    (folder / "batch").write_text(text)
+    path = f"{programs}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", "batch"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PATH": path, **environment},
+    )
+
+
+def test_signals_of_the_scheduler_that_come_while_python_itself_starts_are_heard(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('nothing was to be started any more')")
+    (tmp_path / "sitecustomize.py").write_text(  # as if its file system were slow
+        "import pathlib, time\n"
+        "pathlib.Path('starts').touch()\n"
+        "while not pathlib.Path('goes-on').exists():\n"
+        "    time.sleep(0.01)\n"
+    )
+    text = script(plan([str(tmp_path / "train.py"), "--run-dir", str(tmp_path / "run")])[1])
+    launcher = run_as_slurm_does(text, tmp_path, PYTHONPATH=str(tmp_path))
+    wait_until((tmp_path / "starts").exists)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        launcher.send_signal(number)
+    (tmp_path / "goes-on").touch()
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, said
+    assert "saving and stopping" in said
+
+
+def test_batch_script_starts_the_launcher_also_where_env_can_hold_no_signal(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    env = tmp_path / "bin" / "env"
+    env.write_text("#!/bin/sh\necho unrecognized option >&2\nexit 125\n")
+    env.chmod(0o755)
+    batch = replace(plan([__file__])[1], command=("echo", "started", "with all 'its' arguments"))
+    said, _ = run_as_slurm_does(script(batch), tmp_path).communicate(timeout=60)
+    assert said == "started with all 'its' arguments\n"
 
 
 def test_job_of_a_fixed_size_is_replaced_by_slurm_rather_than_shrunk() -> None:

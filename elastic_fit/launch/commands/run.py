@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elastic_fit.launch.render import Console
-from elastic_fit.launch.signals import hold_signals
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.errors import UsageError
 
@@ -19,7 +18,6 @@ def main(argv: Sequence[str], console: Console) -> int:
 
         console.text(build_parser().format_help())
         return 0
-    hold_signals()
     # The nursery's imports take seconds, and so do ours: let them run side by side.
     nursery = Nursery(warm="--no-warm" not in argv and "--no_warm" not in argv, adopt=True)
     try:

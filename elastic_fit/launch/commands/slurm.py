@@ -23,6 +23,9 @@ OF_ITS_OWN = """\
 OF_GUESTS = """\
 # One launcher per node. srun takes the place of this shell: the warning before the time limit reaches it, and it passes
 # signals on to the launchers. They leave the job that they have joined; it saves with them and goes on without them."""
+HELD = """\
+sh -c 'held="env --block-signal=TERM,HUP,USR1,USR2"; $held true 2>/dev/null || held=; exec $held "$0" "$@"'"""
+"""Runs the command that follows. Python takes its time to start, and a signal would end it; the mask is inherited."""
 WARNING_S = 120
 """How long before the time limit the job is told; SLURM's warning may be up to a minute early."""
 
@@ -55,7 +58,9 @@ def script(batch: Batch) -> str:
 
 {setup}export {exports}
 {batch.comment}
+# What comes before Python has started waits for the launcher, where `env` can hold it (coreutils 8.31).
 exec srun --ntasks-per-node=1 {"--no-kill " if batch.is_elastic else ""}--kill-on-bad-exit=0 \\
+  {HELD} \\
   {shlex.join(batch.command)}
 """
 
