@@ -66,6 +66,38 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Commit:
+    """A checkpoint that counts."""
+
+    t: float
+    as_of: float
+    """Its writer has seen the folder as it was then."""
+    round: int
+    generation: int
+    step: int
+
+
+@dataclass
+class Shelf:
+    """The run folder: the tickets of generations, and what has been committed."""
+
+    commits: list[Commit] = field(default_factory=list)
+    _tickets: list[tuple[float, int]] = field(default_factory=list)
+
+    def publish(self, generation: int, now: float) -> None:
+        """The ticket of a generation is there from now on."""
+        self._tickets.append((now, generation))
+
+    def newest(self, as_of: float) -> int:
+        """The highest generation of which there was a ticket at that time."""
+        return max((generation for t, generation in self._tickets if t <= as_of), default=0)
+
+    def best(self) -> int:
+        """The step to go on from."""
+        return max(((one.step, one.generation) for one in self.commits), default=(0, 0))[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """What a node has said at some time, to all of its peers and to the arbiter."""
 

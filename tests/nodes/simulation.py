@@ -24,7 +24,8 @@ from elastic_fit.supervisor.membership import (
 from elastic_fit.supervisor.pulse import Pulse
 from elastic_fit.supervisor.roster import Cause, Phase, Profile, Roster
 from elastic_fit.supervisor.view import Bounds, Peer, View, is_gone
-from tests.nodes.carriers import Cell, Said, Wires
+from tests.nodes.carriers import Cell, Commit, Said, Shelf, Wires
+from tests.nodes.workers import Save, Workers
 
 
 @dataclass
@@ -60,13 +61,7 @@ class Host:
         self.gone_at: float | None = None
         """When its agent has ended or was killed."""
         self.paused = False
-        self.world_of_workers: Roster | None = None
-        """The round that its workers are in; None while there are none."""
-        self.entered = 0
-        """Number of the newest round that its workers were in."""
-        self.ending_at: float | None = None
-        self.ending_for = Cause.LOST
-        self.report: Cause | None = None
+        self.workers = Workers(world, self)
         self.forming: Roster | None = None
         self.last_move: Move | None = None
 
@@ -81,7 +76,7 @@ class Host:
     @property
     def training(self) -> int:
         """The round that its workers are in; 0 while there are none."""
-        return self.world_of_workers.round if self.world_of_workers is not None else 0
+        return self.workers.training
 
     @property
     def ready_for(self) -> int | None:
@@ -92,7 +87,7 @@ class Host:
     @property
     def reported(self) -> Cause | None:
         """How its part of the round that has ended last has ended, if it was in it."""
-        return self.report if self.entered == next_round(self.roster) - 1 else None
+        return self.workers.report if self.workers.entered == next_round(self.roster) - 1 else None
 
     # one tick
 
@@ -101,7 +96,8 @@ class Host:
             return
         self._look_at_arbiter()
         self._listen()
-        self._end_workers_in_time()
+        self._pass_orders_on()
+        self.workers.tick()
         self._say()
         if self.leaves and not self.training:
             self.world.kill(self)
@@ -205,23 +201,12 @@ class Host:
         number = self.said[-1].state["number"] + 1 if self.said else 1
         self.said.append(Said(self.world.now, {**state, "number": number}, self.counter))
 
-    def _end_workers_in_time(self) -> None:
+    def _pass_orders_on(self) -> None:
         order = release(self.roster, self.node, self.training) if self.training else None
         if order is not None and order.cause is None:
-            self._end_workers(Cause.LOST)
+            self.workers.end(Cause.LOST)
         elif order is not None and order.cause is not None:
-            self._let_end(order.cause)
-        if self.ending_at is not None and self.world.now >= self.ending_at:
-            self._end_workers(self.ending_for)
-
-    def _let_end(self, cause: Cause) -> None:
-        """The workers are asked to save and leave."""
-        if self.training and self.ending_at is None:
-            self.ending_at, self.ending_for = self.world.now + self.world.random.uniform(0.2, 2.0), cause
-
-    def _end_workers(self, cause: Cause) -> None:
-        if self.training:
-            self.world_of_workers, self.ending_at, self.report = None, None, cause
+            self.workers.let_end(order.cause)
 
     def view(self) -> View:
         world = self.world
@@ -257,14 +242,14 @@ class Host:
             self._form(move)
         elif isinstance(move, Train):
             assert self.roster is not None
-            if self.roster.round > self.entered and not self.training:
-                self.world_of_workers, self.entered, self.report = self.roster, self.roster.round, None
+            if self.roster.round > self.workers.entered and not self.training:
+                self.workers.enter(self.roster)
         elif isinstance(move, Fence) and move.cause is None:
-            self._end_workers(Cause.LOST)
+            self.workers.end(Cause.LOST)
         elif isinstance(move, Fence):
-            self._let_end(Cause.LOST)
+            self.workers.let_end(Cause.LOST)
         elif isinstance(move, End):
-            self._end_workers(Cause.STOP)
+            self.workers.end(Cause.STOP)
             self.gone_at = self.world.now
 
     def _store(self, roster: Roster) -> bool:
@@ -285,15 +270,21 @@ class Host:
             sealed = roster.after(generation=roster.generation + 1)
             if self._store(sealed):
                 self.forming = sealed
+                self.world.shelf.publish(sealed.generation, self.world.now)
             return
         formed = roster.after(
-            phase=Phase.RUNNING, members=move.members, lost=(), flaps=dict(move.flaps), leading=self.profile
+            phase=Phase.RUNNING,
+            members=move.members,
+            lost=(),
+            flaps=dict(move.flaps),
+            leading=self.profile,
+            decision={"resume": self.world.shelf.best()},
         )
         self._store(formed)
 
     def fail(self) -> None:
         """A worker of this node dies."""
-        self._end_workers(Cause.FAILED)
+        self.workers.end(Cause.FAILED)
 
 
 class World:
@@ -305,6 +296,8 @@ class World:
         tick_s: how far the clock moves at a time.
         slowness: chance that the arbiter does not answer a node within a tick.
         lossiness: see `Cell`.
+        hanging: chance that a save takes long.
+        is_in_etcd: who can't reach the arbiter sees the run folder nevertheless.
         memory: how many of its last messages of each node can still arrive late; None is all.
         check: called after every tick.
     """
@@ -317,6 +310,8 @@ class World:
         tick_s: float = 0.25,
         slowness: float = 0.0,
         lossiness: float = 0.0,
+        hanging: float = 0.0,
+        is_in_etcd: bool = True,
         memory: int | None = None,
         check: Callable[[World], None] | None = None,
     ) -> None:
@@ -325,7 +320,12 @@ class World:
         self.tick_s = tick_s
         self.slowness = slowness
         self.random = random.Random(seed)
+        self.hanging = hanging
+        self.is_in_etcd = is_in_etcd
         self.cell = Cell(lossiness=lossiness)
+        self.shelf = Shelf()
+        self.reached: dict[int, int] = {}
+        """The newest step of each generation."""
         self.wires = Wires()
         self.memory = memory
         self.check = check
@@ -335,6 +335,8 @@ class World:
         """Nodes that can't reach the arbiter."""
         self.staleness: dict[str, float] = {}
         """How old what a node reads there may be, in seconds."""
+        self.stalest: dict[str, float] = {}
+        """How old it has been at most."""
         self.dialing: dict[str, set[str]] = {}
         self._dials: dict[str, set[str]] = {}
         self._serial = 0
@@ -352,6 +354,16 @@ class World:
     def named(self, name: str) -> Host | None:
         return next((host for host in self.living() if host.profile.name == name), None)
 
+    def sees_folder(self, host: Host) -> bool:
+        """Whether that node sees the run folder, which may be the arbiter's."""
+        return self.is_in_etcd or host.node not in self.blind
+
+    def commit(self, host: Host, save: Save) -> None:
+        """What is saved counts, unless the folder shows that node a newer generation."""
+        as_of = self.now - self.staleness.get(host.node, 0.0)
+        if self.shelf.newest(as_of) <= save.generation:
+            self.shelf.commits.append(Commit(self.now, as_of, save.round, save.generation, save.step))
+
     def note_dials(self, node: str, wanted: set[str]) -> None:
         before = self._dials.get(node, set())
         for name in before - wanted:
@@ -361,16 +373,20 @@ class World:
         self._dials[node] = wanted
 
     def kill(self, host: Host) -> None:
-        host.gone_at, host.world_of_workers = self.now, None
+        host.gone_at, host.workers.roster = self.now, None
         self.note_dials(host.node, set())
 
     def step(self) -> None:
         self.now += self.tick_s
         self.cell.come_about(self.now)
+        for node, seconds in self.staleness.items():
+            self.stalest[node] = max(seconds, self.stalest.get(node, 0.0))
         order = self.living()
         self.random.shuffle(order)
         for host in order:
             host.tick()
+        for roster in self.at_work():
+            self.reached[roster.generation] += 1
         if self.check is not None:
             self.check(self)
 
@@ -405,10 +421,10 @@ class World:
             if host.training and not host.paused:
                 found[host.training].append(host)
         return [
-            hosts[0].world_of_workers
+            hosts[0].workers.roster
             for hosts in found.values()
-            if hosts[0].world_of_workers is not None
-            and {host.node for host in hosts} == hosts[0].world_of_workers.ranks.keys()
+            if hosts[0].workers.roster is not None
+            and {host.node for host in hosts} == hosts[0].workers.roster.ranks.keys()
             and self.wires.reach_each_other(host.profile.name for host in hosts)
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from tests.nodes.simulation import Host, World
 from tests.nodes.witness import Witness
 
 NAMES = ("h1", "h2", "h3", "h4", "h5")
+LEADER = "the leader"
+"""Whoever gathers the nodes, in the midst of it: what happens to it there is what others have to take over from."""
 
 
 def formed(least: int, most: int, names: tuple[str, ...], **options: object) -> World:
@@ -193,7 +196,7 @@ def test_node_that_is_rejected_by_the_others_and_blind_takes_no_step_beside_them
         world.wires.rejecting = {frozenset(("h1", "h2")), frozenset(("h1", "h3"))}
 
         def ends_first(world: World, alone: Host = alone) -> None:
-            assert not world.trains_with(2) or alone.ending_at is not None or not alone.training
+            assert not world.trains_with(2) or alone.workers.ending_at is not None or not alone.training
 
         world.run(10, ends_first)
         assert world.trains_with(2)
@@ -227,6 +230,33 @@ def test_node_that_comes_and_goes_is_put_off_and_the_others_train_meanwhile() ->
         world.run_until(lambda w: w.trains_with(2), 60)
     world.add("h3")
     assert world.run_until(lambda w: w.trains_with(3), 60) > 9
+
+
+@pytest.mark.parametrize("how", ["kill", "pause", "isolate"])
+@pytest.mark.parametrize("who", [LEADER, "another member"])
+def test_member_that_is_gone_while_the_nodes_gather_for_a_newcomer_costs_no_step(who: str, how: str) -> None:
+    for seed in range(5):
+        world = formed(1, 4, NAMES[:3], seed=seed)
+        world.add("h4")
+        world.run_until(lambda w: w.cell.history[-1].phase is Phase.GATHERING, 10)
+        gathering = world.cell.history[-1]
+        assert gathering.cause is Cause.JOIN
+        others = [world.hosts[node] for node in gathering.ranks if node != gathering.leader]
+        gone = world.hosts[gathering.leader] if who is LEADER else others[0]
+        apply(world, (how, gone.profile.name, "h5", 0.0))
+        # Who is merely cut off may be the side that goes on.
+        seconds = world.run_until(lambda w, next_=gathering.round: any(r.round == next_ for r in w.at_work()), 15)
+        assert seconds < 10
+        assert world.cell.history[-1].decision["resume"] == world.reached[gathering.generation]
+
+
+def test_save_that_takes_long_is_waited_for_and_costs_no_step() -> None:
+    for seed in range(5):
+        world = formed(1, 4, NAMES[:3], seed=seed, hanging=1.0)
+        before = world.cell.history[-1].generation
+        world.add("h4")
+        world.run_until(lambda w: w.trains_with(4), 40)
+        assert world.cell.history[-1].decision["resume"] == world.reached[before]
 
 
 def test_failed_worker_ends_the_round_for_all_and_all_come_back() -> None:
@@ -321,7 +351,7 @@ BRIEF = Bounds(least=1, most=4, outage_s=10.0, patience_s=1e9)
 """Outages that nodes train through are short, so that what follows from longer ones comes into reach."""
 EVENT = st.tuples(
     st.sampled_from(KINDS),
-    st.sampled_from(NAMES),
+    st.sampled_from((*NAMES, LEADER, LEADER)),
     st.sampled_from(NAMES),
     st.floats(min_value=0.0, max_value=8.0)
     | st.sampled_from((0.0, BRIEF.fence_s, BRIEF.silence_s, 2 * BRIEF.takeover_s)),
@@ -330,6 +360,8 @@ EVENT = st.tuples(
 
 def apply(world: World, event: tuple[str, str, str, float]) -> None:
     kind, name, other, seconds = event
+    if name == LEADER:
+        name = gathering_leader(world)
     host = world.named(name)
     if kind == "start" and host is None:
         world.add(name)
@@ -346,6 +378,20 @@ def apply(world: World, event: tuple[str, str, str, float]) -> None:
         world.wires.mute = {way for way in world.wires.mute if name not in way}
     elif name != other:
         happen_between(world, name, other, kind, seconds)
+
+
+def gathering_leader(world: World) -> str:
+    """The name of the host that gathers the nodes; where none does, a worker fails, and one will."""
+    training = [host for host in world.living() if host.training]
+    if training and world.cell.history[-1].phase is Phase.RUNNING:
+        world.random.choice(training).fail()
+    for _ in range(round(2 * BRIEF.fence_s / world.tick_s)):
+        roster = world.cell.history[-1] if world.cell.history else None
+        if roster is not None and roster.phase is Phase.GATHERING and roster.leading is not None:
+            world.run(world.random.uniform(0.0, 2.0))
+            return roster.leading.name
+        world.step()
+    return NAMES[0]
 
 
 def part(world: World, first: tuple[str, ...], second: tuple[str, ...], *, blinds_first: bool) -> None:
@@ -401,11 +447,13 @@ def happen_between(world: World, name: str, other: str, kind: str, seconds: floa
     seed=st.integers(0, 1000),
     slowness=st.sampled_from((0.0, 0.3, 0.6)),
     lossiness=st.sampled_from((0.0, 0.3)),
+    hanging=st.sampled_from((0.0, 0.3)),
+    is_in_etcd=st.booleans(),
 )
 def test_whatever_happens_there_is_one_world_and_progress_once_it_is_over(
-    events: list[tuple[str, str, str, float]], least: int, seed: int, slowness: float, lossiness: float
+    events: list[tuple[str, str, str, float]], least: int, seed: int, **chances: float
 ) -> None:
-    world = World(replace(BRIEF, least=least), seed=seed, slowness=slowness, lossiness=lossiness, check=Witness())
+    world = World(replace(BRIEF, least=least), seed=seed, check=Witness(), **chances)  # type: ignore[arg-type]
     for name in NAMES[:3]:
         world.add(name)
     world.run(4)
@@ -418,3 +466,5 @@ def test_whatever_happens_there_is_one_world_and_progress_once_it_is_over(
         world.add(name)
     # The longest put-off that twelve events can earn, and then some.
     world.run_until(lambda w: w.trains_with(min(4, sum(not host.leaves for host in w.living()))), 400)
+    generation = world.cell.history[-1].generation
+    world.run_until(lambda w: w.shelf.commits[-1:] and w.shelf.commits[-1].generation >= generation, 60)
