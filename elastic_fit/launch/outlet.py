@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import stat
 
 PIECE_BYTES = 4096
 """What a pipe that is ready takes without blocking (PIPE_BUF)."""
@@ -72,14 +73,15 @@ class Outlet:
             os.close(self._own)
 
 
-def _opened_anew(terminal: int) -> int | None:
-    """The same terminal, not blocking: one that is ready may take less than it is given, and would wait with the rest.
+def _opened_anew(descriptor: int) -> int | None:
+    """The same terminal or pipe, not blocking: one that is ready may take less than it is given, or have been filled by
+    another writer just then, and would wait with the rest.
 
-    None where it is no terminal, or not ours to open. Whoever else has it open sees no change.
+    None where it is something else, or not ours to open. Whoever else has it open sees no change.
     """
-    if not os.isatty(terminal):
+    if not (os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
         return None
     try:
-        return os.open(f"/proc/self/fd/{terminal}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shlex
@@ -12,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from elastic_fit.launch.outlet import GONE, Outlet
 from elastic_fit.supervisor.errors import ElasticFitError, StorageError
 from elastic_fit.supervisor.exits import Exit as Status
 from elastic_fit.supervisor.policy import UNREACHABLE
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME = "elastic-fit"
 TRACEBACK_LINES = 40
+PATIENCE_S = 2.0
+"""How long a console that nobody reads holds the launcher up, once: what it has to tell then is dropped."""
 PRESS_AGAIN = "; press again to end at once"
 
 
@@ -40,6 +41,7 @@ class Console:
     def __init__(self, out: IO[str] | None = None, err: IO[str] | None = None) -> None:
         self._out = out or sys.stdout
         self._err = err or sys.stderr
+        self._outlet = _outlet_of(self._err)
         self._shows_workers = err is None
         # One that moves its cursor, and not an editor's or a pipeline's that only shows lines.
         self._is_terminal = self._err.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
@@ -51,7 +53,7 @@ class Console:
         """One line, on a fresh one: a progress bar that is being drawn is left as it stands above."""
         start = "\r\x1b[K" if self._is_terminal else ""
         head = f"\x1b[1;{style or '36'}m{NAME}\x1b[0m" if self._has_color else NAME
-        self._say(f"{start}{head}: {text}")
+        self._say(f"{start}{head}: {text}\n")
 
     def error(self, error: ElasticFitError) -> None:
         """What went wrong and what to do about it."""
@@ -60,12 +62,11 @@ class Console:
             self.line(f"hint: {error.hint}")
 
     def _say(self, text: str) -> None:
-        """To the person, who may have left, or have no room for it: that must not hold up or end what is being done."""
-        try:
-            print(text, file=self._err, flush=True)
-        except (OSError, ValueError) as failure:
-            if _has_gone(self._err, failure):
-                _send_nowhere(self._err)
+        """To the person, who may have left, have no room for it or not read: none of that ends what is being done."""
+        if self._outlet is not None:
+            self._outlet.write(text.encode(getattr(self._err, "encoding", None) or "utf-8", "backslashreplace"))
+        elif not self._err.closed:
+            self._err.write(text)
 
     def _put(self, text: str) -> None:
         """To whoever asked for data: a part of it must not pass for all."""
@@ -73,7 +74,7 @@ class Console:
             print(text, file=self._out, flush=True)
         except OSError as failure:
             _send_nowhere(self._out)
-            if not _has_gone(self._out, failure):  # else nobody wants the rest
+            if failure.errno not in GONE:  # else nobody wants the rest
                 raise StorageError(
                     f"can't write to stdout: {failure.strerror}", hint="what is there is not all of it"
                 ) from failure
@@ -81,8 +82,7 @@ class Console:
     def settle(self) -> None:
         """The last thing: leave a terminal in order, and write out what others, such as a logger, have buffered."""
         if self._is_terminal:
-            with contextlib.suppress(OSError, ValueError):
-                self._err.write("\x1b[?25h")  # the cursor, which a killed worker's progress bar had hidden
+            self._say("\x1b[?25h")  # the cursor, which a killed worker's progress bar had hidden
         for file in (self._out, self._err):
             try:
                 file.flush()
@@ -108,10 +108,12 @@ class Console:
             table = Table(*columns, box=None, header_style="bold")
             for row in rows:
                 table.add_row(*row)
-            Rich(file=self._out).print(table)
+            rich = Rich(file=self._out)
+            with rich.capture() as drawn:
+                rich.print(table)
+            self.text(drawn.get())
             return
-        for row in (columns, *rows):
-            self._put("\t".join(row))
+        self.text("\n".join("\t".join(row) for row in (columns, *rows)))
 
     # a run
 
@@ -151,7 +153,7 @@ class Console:
         who = f"rank {root.rank} (pid {root.pid})" if root.pid else f"rank {root.rank}"
         self.line(f"{who} failed first{where}: {root.cause}", style="31")
         for text in () if is_above else root.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]:
-            self._say(f"  {text}")
+            self._say(f"  {text}\n")
         lost = max(0, reached - resume)
         self.line(f"lost     {lost} optimizer steps (had reached {reached}, going on from {resume})")
         self.line(f"decision {'restart' if hasattr(decision, 'backoff_s') else 'the run ends'}: {decision.why}")
@@ -192,13 +194,12 @@ class Console:
             self.line(f"the ledger lacks what came last: {ledger_failure.strerror}", style="31")
 
 
-def _has_gone(file: IO[str], failure: OSError | ValueError) -> bool:
-    """Whether nothing more will ever get there, as opposed to a full disk. Raises what is no matter of the file's."""
-    if isinstance(failure, OSError):
-        return failure.errno in (errno.EPIPE, errno.EIO)
-    if not file.closed:
-        raise failure
-    return True
+def _outlet_of(file: IO[str]) -> Outlet | None:
+    """None where there is no descriptor behind it."""
+    try:
+        return Outlet(file.fileno(), patience_s=PATIENCE_S)
+    except (OSError, ValueError):
+        return None
 
 
 def _send_nowhere(file: IO[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch.outlet import Outlet
 from elastic_fit.launch.signals import SignalLatch
 from elastic_fit.launch.streams import Route, Streams
 from tests.agent.harness import largest_file, wait_until
@@ -206,6 +208,26 @@ def test_console_that_nobody_reads_holds_no_worker_up_and_says_later_what_it_lac
     missing = BYTES - shown.count(b"x")
     assert f"[elastic-fit: {missing} bytes could not be shown here]" in shown.decode()
     streams.finish()
+
+
+def test_pipe_that_another_writer_fills_just_then_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, writer = os.pipe()
+    write = os.write
+
+    def write_too_late(descriptor: int, data: bytes) -> int:
+        monkeypatch.setattr(os, "write", write)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"o" * 4096)
+        os.set_blocking(writer, True)
+        return os.write(descriptor, data)
+
+    outlet = Outlet(writer, patience_s=0.1)
+    monkeypatch.setattr(os, "write", write_too_late)
+    writing = in_thread(lambda: outlet.write(b"mine"))
+    writing.join(20)
+    assert not writing.is_alive()
 
 
 def test_end_does_not_wait_for_a_reader_who_does_not_read(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -18,7 +20,11 @@ from elastic_fit.launch.parser import parse
 from elastic_fit.launch.render import Console
 from elastic_fit.launch.run import launch
 from elastic_fit.launch.workers import Nursery
-from elastic_fit.supervisor.ledger import read
+from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.ledger import Ledger, read
+from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store import CheckpointStore
+from tests.cli.test_listing import save
 from tests.launching import PRELUDE
 
 
@@ -83,6 +89,95 @@ def test_data_that_cant_be_written_is_no_success() -> None:
 
 def test_reader_who_leaves_early_is_no_failure() -> None:
     assert command("--help", redirect="| true").stderr == ""
+
+
+LISTINGS = ("ls RUN", "verify RUN", "diff RUN RUN", "prune RUN --keep 1 --dry-run")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Two checkpoints, and a trace of one step."""
+    folder = RunDir(tmp_path_factory.mktemp("listed") / "run")
+    folder.create(command=["test"])
+    for step in (10, 20):
+        save(CheckpointStore(folder.fit(1)), step)
+    facts = {"epoch": 0, "consumed": 2, "samples": ["0"], "lr": [0.1], "parameters": ["ab"]}
+    Ledger(folder.trace, generation=1).write("step", fit=1, step=1, **facts)
+    return folder
+
+
+@pytest.mark.parametrize("flags", ["", " --json"], ids=["text", "json"])
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_listing_whose_reader_is_gone_ends_as_ever_and_one_on_a_full_disk_is_no_success(
+    run: RunDir, listing: str, flags: str
+) -> None:
+    argv = [str(run.root) if word == "RUN" else word for word in (listing + flags).split()]
+    read_out = command(*argv, redirect="")
+    assert read_out.stdout
+    closed = command(*argv, redirect=">&-")
+    assert (closed.returncode, closed.stderr) == (read_out.returncode, read_out.stderr)
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run(
+        [sys.executable, "-c", COMMAND, *argv], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert (gone.returncode, gone.stderr) == (read_out.returncode, read_out.stderr)
+    full = command(*argv, redirect=">/dev/full")
+    assert full.returncode == 74
+    assert full.stderr.startswith("elastic-fit: error: can't write to stdout: No space left on device\n")
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_table_that_a_terminal_does_not_take_is_no_bug_of_ours() -> None:
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(StorageError, match="can't write to stdout"):
+        Console(out=Terminal(io.BufferedWriter(full))).table(("step",), [("10",)])
+
+
+def full_pipe(*, is_blocking: bool) -> tuple[int, int]:
+    """Its reader and its writer."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 4096):
+            pass
+    os.set_blocking(writer, is_blocking)
+    return reader, writer
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_console_that_nobody_reads_does_not_hold_a_command_up(is_blocking: bool) -> None:
+    _, writer = full_pipe(is_blocking=is_blocking)
+    argv = [sys.executable, "-c", COMMAND, "ls", "nowhere"]
+    assert subprocess.run(argv, stderr=writer, timeout=60).returncode == 2
+
+
+def test_launcher_whose_console_nobody_reads_restarts_and_stops_all_the_same(
+    run_beside: Callable[..., int], tmp_path: Path
+) -> None:
+    stops = f"told(lambda: os.kill({os.getpid()}, signal.SIGTERM))"
+    script = f"""
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if ATTEMPT == 1 and trainer.global_step == 8:
+                {stops}()
+
+    trainer(At(5, die), Stops(), max_epochs=2000).fit(Model())
+    """
+    reader, writer = full_pipe(is_blocking=True)
+    reads_at_last = threading.Timer(240, os.read, (reader, 1 << 20))  # so that one that waits for it can fail
+    reads_at_last.start()
+    with open(writer, "w") as unread:
+        code = run_beside(unread, script, "--checkpoint-steps", "2")
+    assert reads_at_last.is_alive()
+    reads_at_last.cancel()
+    assert code == 75
+    assert [event["action"] for event in read(tmp_path / "run" / "events.jsonl") if event.event == "decision"] == [
+        "restart"
+    ]
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
