@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -40,6 +41,17 @@ def test_kubernetes_is_told_what_each_exit_code_means(job: dict[str, Any]) -> No
     assert codes == {"Ignore": GOES_ON, "FailJob": set(Exit) - GOES_ON - {Exit.FINISHED}}
     names = {container["name"] for container in job["template"]["spec"]["containers"]}
     assert {rule["onExitCodes"]["containerName"] for rule in rules} == names
+
+
+def test_the_page_says_of_each_exit_code_whether_to_try_again_and_says_it_once() -> None:
+    page = " ".join((ROOT / "docs" / "exit-codes.md").read_text().split())
+    table, rule = page.split("One rule is enough", 1)
+    rows = re.findall(r"\| ([\d, ]+) \| [^|]+ \| ([^|]+) \|", table)
+    again = {Exit(int(code)): said.strip("*").startswith("yes") for codes, said in rows for code in codes.split(",")}
+    assert again == {code: code in GOES_ON for code in Exit}
+    (persons,) = re.findall(r"\. ([\d, and]+) need a person", rule)
+    assert {int(code) for code in re.findall(r"\d+", persons)} == set(Exit) - GOES_ON - {Exit.FINISHED}
+    assert "verything else" not in rule
 
 
 def test_the_pods_command_is_one_that_the_launcher_takes_and_ends_within_its_grace(
