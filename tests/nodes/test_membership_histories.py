@@ -250,6 +250,32 @@ def test_member_that_is_gone_while_the_nodes_gather_for_a_newcomer_costs_no_step
         assert world.cell.history[-1].decision["resume"] == world.reached[gathering.generation]
 
 
+def test_leader_that_has_no_link_with_all_members_waits_for_them_but_not_for_the_dead() -> None:
+    names = tuple(f"h{number}" for number in range(1, 9))
+    for seed in range(5):
+        world = formed(1, 8, names, seed=seed)
+        world.living()[seed].fail()
+        world.run_until(lambda w: w.cell.history[-1].phase is Phase.GATHERING, 10)
+        world.run_until(lambda w: w.cell.history[-1].phase is Phase.RUNNING, 10)
+        assert len(world.cell.history[-1].members) == 8
+        for host in world.living()[seed : seed + 3]:
+            world.kill(host)
+        assert world.run_until(lambda w: w.trains_with(5), 30) < 15
+
+
+def test_spare_that_took_over_has_a_seat_also_where_all_members_are_back() -> None:
+    world = formed(2, 2, NAMES[:3])
+    members = [world.hosts[node] for node in world.cell.history[-1].ranks]
+    spare = next(host for host in world.living() if host not in members)
+    for member in members:
+        member.paused = True
+    world.run_until(lambda w: w.cell.history[-1].leader == spare.node, 150)
+    for member in members:
+        member.paused = False
+    world.run_until(lambda w: w.cell.history[-1].phase is Phase.RUNNING and w.trains_with(2), 30)
+    assert world.cell.history[-1].seats(spare.node)
+
+
 def test_save_that_takes_long_is_waited_for_and_costs_no_step() -> None:
     for seed in range(5):
         world = formed(1, 4, NAMES[:3], seed=seed, hanging=1.0)
