@@ -68,6 +68,7 @@ class ElasticRendezvous(RendezvousHandler):
         self._store: Store | None = None
         self._hosted: tuple[int, TCPStore] | None = None
         self._round = 0
+        self._has_told_failure = False
         self.idle = idle
         self.roster: Roster | None = None
         """The round that this node is in."""
@@ -184,11 +185,15 @@ class ElasticRendezvous(RendezvousHandler):
         return self._keeper.news_r
 
     def change(self) -> Change | None:
-        """Whether the current round is over, and why. Each change is told once; a graver one may follow."""
+        """Whether the current round is over, and why. Each change is told once; a graver one may follow.
+
+        So it is where nothing more can be agreed on: `next_rendezvous` raises that, once the workers have saved.
+        """
         keeper = self._keeper
-        if keeper.failure is not None:
-            raise keeper.failure
         order = keeper.take_release()
+        if keeper.failure is not None and not self._has_told_failure:
+            self._has_told_failure = True
+            return Change(cause=Cause.LOST, why=str(keeper.failure))
         if order is None:
             return None
         if order.cause is None:

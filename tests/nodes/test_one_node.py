@@ -32,7 +32,7 @@ def start(folder: Path, nodes: str, steps: int, *more: str) -> subprocess.Popen[
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
@@ -223,13 +223,30 @@ def test_roster_that_is_not_readable_ends_the_command_with_its_name_and_is_left_
 
 
 @pytest.mark.slow
-def test_roster_that_is_overwritten_while_the_job_runs_ends_it_with_the_storages_status(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_roster_that_is_overwritten_while_the_job_runs_ends_it_with_the_storages_status_and_a_save(
+    tmp_path: Path, nodes: int
+) -> None:
     folder = tmp_path / "job"
-    job = start(folder, "1:4", 100_000)
-    steps = folder / "steps.jsonl"
-    wait_until(lambda: steps.exists() and steps.read_text().count("\n") > 10, 60)
-    (folder / "run" / "membership" / "rosters" / "1000.json").touch()
-    _, text = job.communicate(timeout=60)
-    assert job.returncode == 74, text
-    assert "1000.json: " in text
-    assert "Traceback" not in text
+    jobs = [start(folder, f"{nodes}:4", 100_000) for _ in range(nodes)]
+
+    def done() -> list[dict[str, int]]:
+        steps = folder / "steps.jsonl"
+        return [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else []
+
+    wait_until(lambda: len(done()) > 20, 60)
+    broken = folder / "run" / "membership" / "rosters" / "1000.json"
+    broken.touch()
+    ends = [(job.communicate(timeout=60)[1], job.returncode) for job in jobs]
+    for text, code in ends:
+        assert code == 74, text
+        assert "1000.json: " in text
+        assert "launch/contact.py" not in text, "a traceback of ours"
+    reached = max(one["step"] for one in done())
+    broken.unlink()
+    (folder / "last-step").write_text(str(reached + 20))
+    again = start(folder, "1:4", 100_000)
+    _, text = again.communicate(timeout=60)
+    assert again.returncode == 0, text
+    assert f"resume   step {reached} " in text
+    assert [one["step"] for one in done() if one["rank"] == 0] == list(range(1, reached + 21))
