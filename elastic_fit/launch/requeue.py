@@ -125,7 +125,7 @@ class JobStart:
             return
         scheduler, unavailable = self._ask()
         source, reason = _first_stop(latest)
-        cause = cause_of(source, reason, scheduler, lost_a_node=misses_a_node)
+        cause = cause_of(source, reason, scheduler, lost_a_node=misses_a_node or self._has_node_down(scheduler))
         cause = Interruption.CRASH if is_short_of_nodes else cause
         step = durable_steps(self.folder)
         decision = decide_requeue(cause, scheduler, history_of(events, self.job.job_id), step)
@@ -146,6 +146,15 @@ class JobStart:
             return self.controller.ask_patiently(PATIENCE_S), None
         except SlurmUnavailable as error:
             return None, error
+
+    def _has_node_down(self, scheduler: Scheduler | None) -> bool:
+        """Whether a job that SLURM is ending has a node that SLURM takes for dead: nothing else tells why it ends."""
+        if scheduler is None or scheduler.is_running or len(self.job.nodes) < 2:
+            return False
+        try:
+            return bool(self.controller.down(self.job.nodes, answer_s=QUICK_S))
+        except SlurmUnavailable:
+            return False  # it ends then as by anybody's wish
 
     def _of_this_start(self, events: list[Event]) -> list[Event]:
         job = self.job.job_id
@@ -177,10 +186,14 @@ class JobStart:
 
 
 def durable_steps(folder: RunDir) -> int:
-    """Optimizer steps that the run's checkpoints hold, over all fits of the script."""
+    """Optimizer steps that the run's checkpoints hold, over all fits of the script.
+
+    By the newest one of each that a start can go on from, going by names and sizes: a job that is about to be killed
+    has no time to read them.
+    """
     fits: list[Path] = sorted(folder.checkpoints.glob("fit-*"))
-    stores = [CheckpointStore(path).committed() for path in fits]
-    return sum(found[0].manifest.step for found in stores if found)
+    found = [[one.manifest for one in CheckpointStore(path).valid()] for path in fits]
+    return sum(next((one.step for one in whole if not one.extra.get("weights_only")), 0) for whole in found)
 
 
 def _first_stop(events: list[Event]) -> tuple[str, str]:

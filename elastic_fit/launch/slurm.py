@@ -260,6 +260,11 @@ class Controller:
             raise SlurmUnavailable("scontrol said nothing of KillWait")
         return float(found[1])
 
+    def down(self, nodes: Sequence[str], *, answer_s: float = ANSWER_S) -> list[str]:
+        """Those of the nodes that it takes for dead. Raises SlurmUnavailable."""
+        said = self._scontrol("show", "node", "--oneliner", ",".join(nodes), answer_s=answer_s)
+        return re.findall(r"^NodeName=(\S+).*? State=DOWN", said, re.MULTILINE)
+
     def address(self, node: str) -> str:
         """Where other nodes reach that node. Raises SlurmUnavailable."""
         found = re.search(r"\bNodeAddr=(\S+)", self._scontrol("show", "node", "--oneliner", node))

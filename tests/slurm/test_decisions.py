@@ -31,9 +31,11 @@ from elastic_fit.supervisor.requeue import (
 )
 from elastic_fit.supervisor.roster import Phase, Profile, Roster, refusal
 from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.store import CheckpointStore
 from elastic_fit.supervisor.view import Bounds, View
 from tests.agent.harness import wait_until
 from tests.launching import Elastic
+from tests.store.stories import save
 
 RUNNING = Scheduler(is_running=True)
 STEP = {
@@ -302,9 +304,16 @@ def test_job_that_makes_no_progress_over_three_requeues_stays_down() -> None:
 class Scontrol:
     """Says what it is given to say, and notes what it was asked."""
 
-    def __init__(self, *answers: Done, says: str = SAYS, config: str = "KillWait                = 30 sec\n") -> None:
+    def __init__(
+        self,
+        *answers: Done,
+        says: str = SAYS,
+        config: str = "KillWait                = 30 sec\n",
+        nodes: str = "",
+    ) -> None:
         self.answers = list(answers)
         self.says = says
+        self.nodes = nodes
         self.config = config
         self.asked: list[str] = []
 
@@ -312,7 +321,7 @@ class Scontrol:
         self.asked.append(" ".join(command[1:]))
         if self.answers:
             return self.answers.pop(0)
-        said = {"show job": self.says, "show config": self.config}
+        said = {"show job": self.says, "show config": self.config, "show node": self.nodes}
         return Done(0, said.get(" ".join(command[1:3]), ""), "")
 
     @property
@@ -366,6 +375,30 @@ def test_job_that_has_too_few_nodes_left_and_gets_no_others_is_put_back_as_crash
     assert [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "requeue"] == ["crash"]
 
 
+@pytest.mark.parametrize(
+    ("ending", "state", "cause"),
+    [
+        (True, "DOWN*", "crash"),
+        (True, "DOWN+DRAIN", "crash"),
+        (True, "COMPLETING", "operator"),
+        (False, "DOWN*", "timeout"),
+    ],
+)
+def test_job_that_slurm_ends_with_one_of_its_nodes_down_has_crashed(
+    tmp_path: Path, ending: bool, state: str, cause: str
+) -> None:
+    nodes = "".join(
+        f"NodeName={name} Arch=x CPUs=2 State={at} Weight=1\n" for name, at in [("n1", "IDLE"), ("n2", state)]
+    )
+    scontrol = Scontrol(says=SAYS.replace("RUNNING", "COMPLETING") if ending else SAYS, nodes=nodes)
+    start = started(tmp_path, scontrol)
+    start.job = replace(start.job, nodes=("n1", "n2"))
+    start.begin()
+    stop(start, "SIGTERM" if ending else "SIGUSR1")
+    start.end(Exit.SAVED)
+    assert [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "requeue"] == [cause]
+
+
 def test_controller_that_is_away_is_waited_for(tmp_path: Path) -> None:
     away = Done(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     scontrol = Scontrol(away, away, Done(0, SAYS, ""), away)
@@ -405,6 +438,24 @@ def test_causes_are_counted_separately_and_what_nobody_wrote_down_was_a_crash(tm
     causes = [event["cause"] for event in read(tmp_path / "events.jsonl") if event.event == "incarnation"]
     assert causes == [None, "timeout", "preemption", "crash"]
     assert "1 timeout, 1 preemption, 1 crash so far" in told[-1]
+
+
+def play(folder: Path, number: int, step: int, *, torn: bool) -> str:
+    """One start of the job, which leaves a checkpoint of that step. Says what becomes of the job."""
+    start = started(folder, Scontrol(), start=number)
+    start.begin()
+    store = CheckpointStore(start.folder.fit(1), generation=number + 1)
+    name = save(store, step, generation=number + 1)
+    if torn:
+        os.truncate(store.root / name, 1)
+    stop(start)
+    start.end(Exit.SAVED)
+    return str([event for event in read(start.folder.events) if event.event == "requeue"][-1]["action"])
+
+
+def test_job_that_only_ever_leaves_torn_checkpoints_makes_no_progress(tmp_path: Path) -> None:
+    became = [play(tmp_path, number, 50 + number, torn=number > 0) for number in range(4)]
+    assert became == ["requeue", "requeue", "requeue", "leave"]
 
 
 def test_stop_of_an_earlier_start_explains_nothing_of_this_one(tmp_path: Path) -> None:

@@ -174,8 +174,8 @@ def test_job_that_slurm_ends_because_one_of_its_nodes_has_lost_its_slurmd_saves_
         story.slurm.kill_slurmd(node)
         story.finish()
         story.assert_each_step_once(600)
-        assert story.causes() == [None, "operator"], "SLURM says the same of it as of scontrol requeue"
-        assert story.requeues() == [("leave", "operator")]
+        assert story.causes() == [None, "crash"]
+        assert story.requeues() == [("leave", "crash")], "SLURM puts it back by itself"
         assert story.restarts == 1
 
     side_by_side(tell, both)
