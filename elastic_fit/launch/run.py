@@ -58,10 +58,9 @@ def launch(invocation: Invocation, console: Console, nursery: Nursery) -> Status
         keep_out_of_jobs(folder)
     if invocation.fresh:
         console.set_aside(set_aside(folder))
-    identity = folder.create(command=sys.argv)
-    lease = hold(folder)
+    lease = hold(folder, command=sys.argv)
     try:
-        return _Launch(invocation, console, nursery, folder, identity, lease).run()
+        return _Launch(invocation, console, nursery, folder, lease.identity, lease).run()
     finally:
         lease.release()
 

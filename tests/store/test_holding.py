@@ -75,6 +75,11 @@ def _supervise(pipe: Connection) -> None:
             elif order == "release" and lease is not None:
                 lease.release()
                 pipe.send("released")
+            elif order == "begin anew alone":
+                run = RunDir(Path(str(what)))
+                set_aside(run)
+                lease = hold(run, command=["test"])
+                pipe.send(lease.identity.run_id)
             elif order == "begin anew":
                 run = RunDir(Path(str(what)))
                 start_over(run, lambda is_shared: is_shared)
@@ -274,6 +279,24 @@ def test_the_nodes_of_a_job_have_the_run_together_and_nobody_has_it_alone_meanwh
                 take(run)
         node.release()
     hold(run).release()
+
+
+def test_of_those_that_start_over_at_once_one_does_so_once_and_the_others_leave_it_its_folder(
+    pair: tuple[Supervisor, Supervisor], run: RunDir
+) -> None:
+    more = [Supervisor() for _ in range(2)]
+    several = [*pair, *more]
+    for before in range(1, 51):
+        for one in several:
+            one.tell("begin anew alone", run.root)
+        answers = [one.hear() for one in several]
+        (winner,) = (one for one, answer in zip(several, answers) if isinstance(answer, str))
+        assert sum(isinstance(answer, RunIsHeld) for answer in answers) == 3, answers
+        assert run.read_identity().run_id in answers
+        assert sum(path.name.startswith("run.") for path in run.root.parent.iterdir()) == before
+        assert winner.ask("release") == "released"
+    for one in more:
+        one.kill()
 
 
 def test_two_nodes_of_a_job_that_start_over_at_once_do_so_together_and_once(

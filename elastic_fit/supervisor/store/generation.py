@@ -8,12 +8,13 @@ higher ticket exists.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 import psutil
 
 from elastic_fit.supervisor.errors import FencedOff, RunIsHeld, StorageError
-from elastic_fit.supervisor.rundir import RunDir
+from elastic_fit.supervisor.rundir import Identity, RunDir
 from elastic_fit.supervisor.store.disk import Disk, make_folders
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class GenerationFence:
 class Lease:
     """A held run."""
 
+    identity: Identity
     generation: int
     recovered: str | None
     """What was found of an earlier holder that had not let go, in a line."""
@@ -206,28 +208,43 @@ def _ticket(tickets: Path, holder: Holder) -> Iterator[Path]:
         disk.sync_folder(tickets)
 
 
-def hold(folder: RunDir) -> Lease:
-    """Take the run: the lock, then the next generation.
+def hold(folder: RunDir, *, command: Sequence[str] = ()) -> Lease:
+    """Take the run, which begins here where there is none yet: the lock, then its name and the next generation.
 
-    Raises RunIsHeld where another live supervisor has it, StorageError where the folder refuses.
+    Args:
+        folder: the run's.
+        command: what starts it.
+
+    Raises RunIsHeld where another live supervisor has it, StorageError or UsageError where the folder refuses.
     """
-    lock = _lock(folder)
+    while True:
+        folder.make()
+        try:
+            lock = _lock(folder)
+            break
+        except FileNotFoundError:
+            continue  # the folder was moved aside meanwhile
     with contextlib.ExitStack() as failing:
         failing.callback(lock.release)
         before = read_holder(folder.lock)
         me = Holder.this_process()
+        # Only under the lock: what has a name and isn't locked is an earlier run, which --fresh moves aside.
+        identity = folder.create(command=list(command))
         generation = take_generation(folder.generations, me)
         record = failing.enter_context(folder.lock.open("w"))
         record.write(json.dumps(asdict(me)))
         record.flush()
         failing.pop_all()
-    return Lease(generation, _recovery(before), lock, record)
+    return Lease(identity, generation, _recovery(before), lock, record)
 
 
 @contextlib.contextmanager
 def kept_out(folder: RunDir) -> Iterator[None]:
-    """Keep supervisors out of a run meanwhile, without becoming one. Raises as `hold` does."""
-    lock = _lock(folder)
+    """Keep supervisors out of a run meanwhile, without becoming one. Raises RunIsHeld and StorageError."""
+    try:
+        lock = _lock(folder)
+    except FileNotFoundError as error:
+        raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
     try:
         yield
     finally:
@@ -236,22 +253,41 @@ def kept_out(folder: RunDir) -> Iterator[None]:
 
 def set_aside(folder: RunDir) -> Path | None:
     """Move a run's folder to a free name beside it; None where there was none. Raises as `hold` does."""
-    with kept_out(folder) if folder.lock.exists() else contextlib.nullcontext():  # else no supervisor was ever there
-        return folder.set_aside()
+    folder.check_is_run()
+    while not folder.is_unused():
+        try:
+            lock = _lock(folder)
+        except FileNotFoundError:
+            continue  # somebody else was first
+        try:
+            return folder.set_aside()
+        finally:
+            lock.release()
+    return None
 
 
 def _lock(folder: RunDir) -> FileLock:
-    """The run's lock, taken."""
+    """The lock of the run that is there by now, taken.
+
+    Raises RunIsHeld, StorageError where it can't be taken, and FileNotFoundError where the folder isn't there, or was
+    moved aside meanwhile, and the lock with it.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.lock, mode=0o600)
     try:
+        before = os.stat(folder.root)
         lock.acquire(timeout=0)
+        if os.path.samestat(before, os.stat(folder.root)):
+            return lock
     except Timeout:
         raise refusal(folder) from None
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise StorageError(f"can't lock {folder.lock}: {error.strerror}", hint=MENDED_BY) from error
-    return lock
+    lock.release()
+    raise FileNotFoundError(errno.ENOENT, "moved aside", str(folder.root))
 
 
 def refusal(folder: RunDir) -> RunIsHeld:
