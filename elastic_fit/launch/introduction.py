@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elastic_fit.launch.arbiter import Arbiter
+from elastic_fit.launch.arbiter import Arbiter, roster_of
 from elastic_fit.launch.links import GREETING_LIMIT, NONSENSE
 from elastic_fit.launch.names import look_up
 from elastic_fit.launch.rounds import NodeRefused
@@ -62,20 +62,17 @@ def is_anybody_there(roster: Roster) -> bool:
 
 
 def open_roster(arbiter: Arbiter) -> Roster | None:
-    """What the nodes of a job agree on there that has not been closed; None where there is none, or it makes no sense.
+    """What the nodes of a job agree on there that has not been closed; None where there is none.
 
-    Raises ArbiterLost where that can't be asked.
+    Raises ArbiterLost where that can't be asked, StorageError where it makes no sense: then a job may live there.
     """
     found = arbiter.read()
-    try:
-        roster = Roster.parse(found[1]) if found is not None else None
-    except ValueError:
-        return None
+    roster = roster_of(arbiter, found) if found is not None else None
     return roster if roster is not None and roster.phase is not Phase.CLOSED else None
 
 
 def roster_at_work(arbiter: Arbiter) -> Roster | None:
-    """`open_roster` of a job of which a node answers; None where all have died. Raises ArbiterLost."""
+    """`open_roster` of a job of which a node answers; None where all have died. Raises as that does."""
     roster = open_roster(arbiter)
     return roster if roster is not None and is_anybody_there(roster) else None
 

@@ -28,7 +28,7 @@ def keep_out_of_jobs(folder: RunDir) -> None:
 def nodes_at_work(folder: RunDir) -> list[str]:
     """Names of the nodes of a job that goes on in the folder; none where there is no such job, or all have died.
 
-    Raises StorageError where only an etcd server can tell, and doesn't.
+    Raises StorageError where only an etcd server can tell, and doesn't, and where what they agreed on can't be read.
     """
     for _, roster in _open_rosters(folder, _newest_home(folder)):
         if is_shared(folder) or _introduction().is_anybody_there(roster):

@@ -17,6 +17,7 @@ import pytest
 
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.ledger import Event, read
+from elastic_fit.supervisor.rundir import RunDir
 from tests.launching import Launched
 from tests.nodes.cluster import FIT, wait_until
 
@@ -208,14 +209,17 @@ def test_address_that_no_other_node_could_dial_is_refused_before_anything_is_mad
 
 
 @pytest.mark.parametrize("text", ["", "[]", "5", '{"schema": 2}'])
+@pytest.mark.parametrize("flags", [("1:2",), ("1:2", "--fresh"), ("1",), ("1", "--fresh")], ids=" ".join)
 def test_roster_that_is_not_readable_ends_the_command_with_its_name_and_is_left_as_it_is(
-    launched: Launched, tmp_path: Path, text: str
+    launched: Launched, tmp_path: Path, flags: tuple[str, ...], text: str
 ) -> None:
+    """Also one that starts over: nobody can tell whether a job lives there."""
     (tmp_path / "train.py").write_text("")
+    RunDir(tmp_path / "run").create(command=["test"])
     broken = tmp_path / "run" / "membership" / "rosters" / "7.json"
     broken.parent.mkdir(parents=True)
     broken.write_text(text)
-    outcome = launched("--nnodes", "1:2", str(tmp_path / "train.py"))
+    outcome = launched("--nnodes", *flags, str(tmp_path / "train.py"))
     assert outcome.code == 74, outcome.said
     assert f"what the nodes have agreed on last can't be read: {broken}: " in outcome.said
     assert "hint: another version of elastic-fit may have written it" in outcome.said
