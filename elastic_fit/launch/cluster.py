@@ -285,7 +285,8 @@ class ClusterAgent(ElasticAgent):
             is_unsaved = any(report.is_end_unsaved for report in gathered.reports)
             status = Status.STORAGE if is_unsaved else Status.FINISHED
             return Verdict(goes_on=False, status=int(status), facts={"why": "finished"})
-        begins = len(gathered.gone) == len(gathered.previous)
+        # A guest that is all that is left goes on with what others have begun.
+        begins = len(gathered.gone) == len(gathered.previous) and not (facts and self._rendezvous_of_nodes.is_guest)
         if not begins:
             self._take_over(facts)
         if gathered.note or gathered.cause is Cause.STOP or any(one.cause is Cause.STOP for one in gathered.reports):

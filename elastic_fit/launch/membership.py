@@ -171,6 +171,11 @@ class ElasticRendezvous(RendezvousHandler):
         """Whether no other node is to be heard."""
         return not self._keeper.hears_others
 
+    @property
+    def is_guest(self) -> bool:
+        """Whether others have begun the job, and this node may leave it."""
+        return self._keeper.is_guest
+
     def lead(self, judge: Callable[[Gathered], Verdict]) -> None:
         """Set what decides how to go on when this node forms a round."""
         self._judge = judge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from elastic_fit.launch.commands.stop import is_running
 from elastic_fit.supervisor.ledger import read
-from tests.nodes.cluster import COMMAND, FIT, Cluster, Launched
+from tests.nodes.cluster import COMMAND, FIT, Cluster, Launched, wait_until
 from tests.nodes.endings import assert_it_ends_well
 from tests.nodes.test_one_node import start
 
@@ -53,6 +54,38 @@ def test_guest_that_comes_too_late_has_nothing_to_do(tmp_path: Path) -> None:
     assert late.returncode == 0, text
     assert "has finished: there is nothing left to join" in text
     assert len([event for event in read(tmp_path / "job" / "run" / "events.jsonl") if event.event == "start"]) == 1
+
+
+@pytest.mark.slow
+def test_guest_that_is_all_that_is_left_goes_on_from_the_checkpoint_that_the_job_was_asked_to(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    ended = start(folder, "1:2", 20, "--checkpoint-steps", "5", "--keep", "100")
+    _, text = ended.communicate(timeout=60)
+    assert ended.returncode == 0, text
+
+    def resumed() -> list[int]:
+        events = read(folder / "run" / "events.jsonl")
+        return [event["step"] for event in events if event.event == "resume"]
+
+    def trained_in(world: int) -> int:
+        notes = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+        return len({note["rank"] for note in notes if note["world"] == world})
+
+    back = ("--resume-from", str(folder / "run" / "checkpoints" / "fit-1" / "step=5.ckpt"))
+    job = [start(folder, "1:2", 100_000, *back) for _ in range(2)]
+    wait_until(lambda: trained_in(4) == 4, 60)
+    assert resumed() == [5]
+    spare = guest(folder, folder / "run")
+    assert spare.stderr is not None
+    while "a spare" not in (line := spare.stderr.readline()):
+        assert line, "it has ended instead of waiting"
+    for one in job:
+        one.kill()
+    wait_until(lambda: len(resumed()) > 1, 60)
+    spare.terminate()
+    for one in (*job, spare):
+        one.communicate(timeout=60)
+    assert resumed() == [5, 5]
 
 
 @pytest.mark.system
