@@ -53,8 +53,10 @@ class SignalLatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Who was held before is held again: a signal on the way out does not undo an exit status that is settled.
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        # Who was held before is held again, and Ctrl-C with them: a signal on the way out does not undo an exit status
+        # that is settled.
+        held = STOP_SIGNALS if self._mask.issuperset(HELD) else ()
+        signal.pthread_sigmask(signal.SIG_SETMASK, {*self._mask, *held})
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.close(self._reader)

@@ -124,10 +124,11 @@ def test_nursery_outlives_any_signal_from_its_first_moment_on(number: int) -> No
         nursery.close()
 
 
-def test_signal_to_a_launcher_that_has_finished_does_not_change_its_exit_status() -> None:
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+def test_signal_to_a_launcher_that_has_finished_does_not_change_its_exit_status(name: str) -> None:
     program = (
         "import os, signal; from elastic_fit.launch.signals import SignalLatch, hold_signals\n"
-        "hold_signals()\nwith SignalLatch(): pass\nos.kill(os.getpid(), signal.SIGUSR1)"
+        f"hold_signals()\nwith SignalLatch(): pass\nos.kill(os.getpid(), signal.{name})"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
