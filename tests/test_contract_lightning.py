@@ -316,6 +316,17 @@ def test_only_the_first_batch_of_an_epoch_resets_what_it_logs(tmp_path) -> None:
     assert "elif self._first_loop_iter is True:" in inspect.getsource(type(connector).on_batch_start)
 
 
+def test_the_epochs_after_a_fits_first_one_make_their_iterator_when_their_loop_begins(tmp_path) -> None:
+    loop = trainer(tmp_path).fit_loop
+    assert loop.is_resuming is False
+    assert loop.epoch_loop.restarting is False
+    condition = "if self.trainer.current_epoch > 0 and not self.trainer.fit_loop.is_resuming and not self.restarting:"
+    assert condition in inspect.getsource(type(loop.epoch_loop).on_run_start)
+    assert inspect.getsource(type(loop).setup_data).count("iter(self._data_fetcher)") == 1
+    assert "self.val_loop.increment_progress_to_evaluation_end()" in inspect.getsource(type(loop.epoch_loop).advance)
+    assert "iter(data_fetcher)" in inspect.getsource(type(loop.epoch_loop.val_loop).reset)
+
+
 def test_torchmetrics_keep_their_state_in_attributes_and_count_their_updates() -> None:
     metric = torchmetrics.MeanMetric()
     assert metric._update_count == 0

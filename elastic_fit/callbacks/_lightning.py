@@ -211,6 +211,36 @@ def is_epoch_over(trainer: pl.Trainer, batches: int) -> bool:
     return batches > 0 and batches >= trainer.fit_loop.max_batches
 
 
+def is_iterator_next(trainer: pl.Trainer) -> bool:
+    """Whether the epoch that begins makes its iterator anew; that of a ``fit``'s first one is made before it begins."""
+    fit = trainer.fit_loop
+    return trainer.current_epoch > 0 and not fit.is_resuming and not fit.epoch_loop.restarting
+
+
+def is_restored_between_epochs(trainer: pl.Trainer) -> bool:
+    """Whether no batch of an epoch is done, and others before it are, in what was restored. For ``on_train_start``."""
+    done = batches_at_boundary(trainer)
+    return is_epoch_over(trainer, done) or (done == 0 and trainer.current_epoch > 0)
+
+
+def draw_nothing_for_validations_skipped(trainer: pl.Trainer) -> None:
+    """Where no batch of the epoch is done, Lightning takes a validation within it for done, and makes its iterator.
+
+    For ``on_train_start``. (After a batch the number that this draws stands for the one that the validation had drawn.)
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    skip = loop.increment_progress_to_evaluation_end
+    if batches_at_boundary(trainer):
+        return
+
+    def skip_undrawn() -> None:
+        loop.increment_progress_to_evaluation_end = skip  # type: ignore[method-assign]
+        with torch.random.fork_rng(devices=[]):
+            skip()
+
+    loop.increment_progress_to_evaluation_end = skip_undrawn  # type: ignore[method-assign]
+
+
 def count_batches_anew(trainer: pl.Trainer, done: int) -> None:
     """Say that `done` batches of this epoch are behind us, where another number of ranks took others for the steps.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 
 from elastic_fit.callbacks.streams import seed_reading_streams, seed_streams, stream_seed
@@ -47,6 +48,20 @@ def test_ranks_of_a_changed_world_draw_from_the_seed_their_number_and_the_batche
         assert batches in (3, 4), "it goes on where the two had come to"
         assert drawn == of_fresh_streams(stream_seed(SEED, rank, batches))
     assert len({tuple(drawn) for _, drawn in first_draws.values()}) == 3
+
+
+@pytest.mark.parametrize("saves", [("--checkpoint-steps", "1"), ()], ids=["each step is saved", "survivors save"])
+@pytest.mark.parametrize("step", [3, 8, 9], ids=["within an epoch", "first of an epoch", "second of an epoch"])
+def test_a_death_in_any_batch_changes_no_number_that_a_reproducible_run_draws(
+    elastic: Elastic, step: int, saves: tuple[str, ...]
+) -> None:
+    fit = f"trainer(At({step}, die, 1, 'on_train_batch_start')).fit(Drawing())\n"
+    dies = elastic(BODY + fit, "--reproducible", *saves)
+    assert dies.code == 0, dies.output()
+    assert len(dies.events("decision")) == 1
+    undisturbed = elastic(BODY + "trainer().fit(Drawing())\n", "--reproducible", "--fresh")
+    assert undisturbed.code == 0
+    assert len(set(undisturbed.notes("drawn"))) == 2 * 16
 
 
 def test_a_sample_that_a_worker_process_reads_is_seeded_as_torch_would_at_a_fraction_of_the_cost() -> None:

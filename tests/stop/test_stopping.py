@@ -149,6 +149,48 @@ def test_a_run_stopped_in_the_middle_of_a_validation_validates_anew_and_is_the_s
     assert again == straight
 
 
+SLOW = """
+class SlowAfter(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            time.sleep(0.6)
+"""
+
+
+def ends_like_an_undisturbed_run(elastic: Elastic, fit: str) -> None:
+    script = TELL + LONG_VALIDATION + fit.replace("CALLBACKS", "")
+    gone_on, undisturbed = elastic(script), elastic(script, "--fresh")
+    assert (gone_on.code, undisturbed.code) == (0, 0)
+    ends = undisturbed.notes("parameters")
+    assert len(ends) == 4
+    assert ends[:2] == ends[2:]
+
+
+def test_a_run_stopped_in_a_validation_within_an_accumulation_is_the_same_run(elastic: Elastic) -> None:
+    fit = "trainer(CALLBACKSval_check_interval=0.75, accumulate_grad_batches=4).fit(Long())\n"
+    stop = "AtBatch('on_validation_batch_end', 1, told(to_launcher()), rank=None, step=1), "
+    first = elastic(TELL + LONG_VALIDATION + fit.replace("CALLBACKS", stop))
+    assert first.code == 75
+    assert decision(first)["step"] == 1
+    ends_like_an_undisturbed_run(elastic, fit)
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5], ids=["", "after a validation"])
+def test_a_run_stopped_within_an_accumulation_that_outlasts_the_grace_is_the_same_run(
+    elastic: Elastic, interval: float
+) -> None:
+    fit = f"trainer(CALLBACKSval_check_interval={interval}, accumulate_grad_batches=4).fit(Long())\n"
+    stop = "SlowAfter(1), AtBatch('on_train_batch_end', 4, told(to_launcher()), rank=None, step=1), "
+    first = elastic(TELL + LONG_VALIDATION + SLOW + fit.replace("CALLBACKS", stop), "--grace", "1.5s")
+    assert first.code == 75
+    made = decision(first)
+    assert made["step"] == 1
+    assert made["half_accumulated"] > 0
+    ends_like_an_undisturbed_run(elastic, fit)
+
+
 EVALUATED = """
 class Evaluated(Model):
     def predict_step(self, batch, batch_idx):

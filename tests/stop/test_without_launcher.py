@@ -157,6 +157,39 @@ def fit(**options):
     assert trained == [str(number) for number in range(1, step + 4)]
 
 
+@pytest.mark.parametrize("parts", [6, 16], ids=["within an epoch", "at an epoch's start"])
+def test_a_stop_in_a_validation_within_an_accumulation_goes_back_to_the_streams_it_began_with(
+    started, parts: int
+) -> None:
+    body = f"""
+pl.seed_everything(7)
+class Drops(Model):
+    def training_step(self, batch, batch_idx):
+        return super().training_step([torch.nn.functional.dropout(batch[0], 0.3)], batch_idx)
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(128.0).reshape(32, 4) / 100), batch_size=2, shuffle=True)
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.current_epoch == 1 and STOPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)  # it is heard long before the last batch
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(400, 4)), batch_size=2)
+    def on_fit_end(self):
+        note("parameters", str([p.tolist() for p in self.parameters()]).replace(" ", ""))
+def fit(folder):
+    saves = ElasticCheckpoint(dirpath=HERE / folder, resume="auto", every_n_train_steps=1000)
+    options = {{"accumulate_grad_batches": {parts}, "val_check_interval": 0.5, "enable_checkpointing": True}}
+    trainer(saves, max_epochs=3, **options).fit(Drops())
+"""
+    stopped = started(body + "STOPS = True\nfit('checkpoints')\n", 1)
+    assert stopped.codes() == [75], stopped.said()
+    assert stopped.step() == -(-16 // parts) + 8 // parts
+    for folder in ("checkpoints", "undisturbed"):
+        assert started(body + f"STOPS = False\nfit('{folder}')\n", 1).codes() == [0]
+    gone_on, undisturbed = (stopped.folder / "parameters.notes").read_text().split()
+    assert gone_on == undisturbed
+
+
 def test_a_signal_to_all_processes_also_to_those_that_read_the_data_saves_and_all_end_with_75(started) -> None:
     readers = """
 class Read(Long):
