@@ -6,6 +6,7 @@ as soon as the kernel tells the nursery. Decisions are the pure functions of `el
 
 from __future__ import annotations
 
+import contextlib
 import random
 import select
 import signal
@@ -38,6 +39,7 @@ from elastic_fit.supervisor.policy import (
     root_cause,
 )
 from elastic_fit.supervisor.stop import Answer, StopRequest, answer
+from elastic_fit.supervisor.store import LeftOff
 from elastic_fit.supervisor.watch import signal_name
 from elastic_fit.supervisor.wish import NO_WISH, Wish
 
@@ -78,8 +80,8 @@ class Effects:
     latch: Latch
     ledger: Ledger
     observer: Observer
-    select_resume: Callable[[Wish], tuple[ResumePoint, ...]]
-    """Choose and verify the points to go on from; raises NoValidCheckpoint."""
+    select_resume: Callable[[Wish, Callable[[], bool]], tuple[ResumePoint, ...]]
+    """Choose and verify the points to go on from; raises NoValidCheckpoint, and LeftOff once the callable says so."""
     plan: Callable[[Worker, int, dict[str, str], tuple[ResumePoint, ...]], WorkerPlan]
     """What to start one worker with, in a given attempt."""
     seconds_left: Callable[[], float | None] = lambda: None
@@ -164,10 +166,10 @@ class ElasticAgent(TorchelasticAgent):
             if not failures:
                 return self._finished(attempt)
             restart = self._judge(attempt, failures)
+            if self._stop is not None or (restart and not self._wait_backoff(restart)):
+                return self._ended_by_stop()
             if not restart:
                 return Result(succeeded=False)
-            if not self._wait_backoff(restart):
-                return self._ended_by_stop()
         raise AssertionError("unreachable")
 
     def _begin(self, number: int) -> Attempt | None:
@@ -177,8 +179,19 @@ class ElasticAgent(TorchelasticAgent):
         if self._stop is not None:
             return None
         started = fx.now_ns()
-        self._resume = fx.select_resume(self._wish)
+        points = self.choose_resume()
+        if points is None:
+            return None
+        self._resume = points
         return self._fork(number, self.form(number), started)
+
+    def choose_resume(self) -> tuple[ResumePoint, ...] | None:
+        """The points to go on from; None where a stop has come before, or while checkpoints were read."""
+        while self._stop is None:
+            with contextlib.suppress(LeftOff):
+                return self._fx.select_resume(self._wish, self._ears.has_news)
+            self._note_signals()
+        return None
 
     def _wait_for_nursery(self) -> None:
         """Until it can fork workers, or a stop has come first."""
@@ -375,14 +388,18 @@ class ElasticAgent(TorchelasticAgent):
         return late >= (int(self._limits.grace_s * 1e9) if attempt.is_saving() else 0)
 
     def _judge(self, attempt: Attempt, failures: Sequence[WorkerFailure]) -> Restart | None:
-        """Decide what to do about a failure, and tell; None where the run ends."""
+        """Decide what to do about a failure, and tell; None where the run ends, or a stop comes before that."""
         fx = self._fx
         root = root_cause(failures)
         reached = max(attempt.highest_step, max((point.step for point in self._resume), default=0))
         was_resumed = bool(self._resume)
         attempt.finish()
-        self._resume = fx.select_resume(self._wish)
-        self._has_saved = self._are_new(self._resume)
+        points = self.choose_resume()
+        if points is None:
+            # What nobody got round to reading counts as saved: the next start verifies it.
+            self._has_saved = self._has_saved or self._are_new(self._resume)
+            return None
+        self._resume, self._has_saved = points, self._are_new(points)
         resume = max((point.step for point in self._resume), default=0)
         failure = Failure(
             cause=root.cause,

@@ -295,7 +295,9 @@ class ClusterAgent(ElasticAgent):
         # The wish is that of whoever began the job, or goes on with it after all have died; who joins them has none.
         if begins:
             self._wish, self._began = self._settle(gathered.generation), gathered.generation
-        resume = self._fx.select_resume(self._wish)
+        resume = self.choose_resume()
+        if resume is None:
+            return self._conclude_own_stop(gathered, () if begins else self._resume)
         told: dict[str, Any] | None = None
         failures = [_failure(one) for report in gathered.reports for one in report.failures]
         if failures and not gathered.gone:
@@ -304,10 +306,7 @@ class ClusterAgent(ElasticAgent):
                 return Verdict(goes_on=False, status=int(Status.FAILED), facts={"why": "failed", "failure": told})
             restarts += 1
             if not self._wait_backoff(Restart(**told["decision"])):
-                assert self._stop is not None
-                if self.leaves:
-                    raise StoppedWaiting
-                return self._conclude(gathered, self._stop.note(self._fx.now_ns()), resume, failure=told)
+                return self._conclude_own_stop(gathered, resume, failure=told)
         self._write_round(gathered, resume)
         return Verdict(
             goes_on=True,
@@ -325,6 +324,15 @@ class ClusterAgent(ElasticAgent):
     def _all_finished(self, gathered: Gathered) -> bool:
         finished = [report for report in gathered.reports if all(code == 0 for code in report.codes.values())]
         return not gathered.gone and len(finished) == len(gathered.previous)
+
+    def _conclude_own_stop(
+        self, gathered: Gathered, stands: Sequence[ResumePoint], *, failure: Mapping[str, Any] | None = None
+    ) -> Verdict:
+        """This node was told to stop while it led: the job does, unless only this node leaves."""
+        assert self._stop is not None
+        if self.leaves:
+            raise StoppedWaiting
+        return self._conclude(gathered, self._stop.note(self._fx.now_ns()), stands, failure=failure)
 
     def _conclude(
         self,

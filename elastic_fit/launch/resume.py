@@ -20,6 +20,7 @@ from elastic_fit.supervisor.store import (
     Selection,
     verify,
 )
+from elastic_fit.supervisor.store.digest import never
 from elastic_fit.supervisor.store.generation import MENDED_BY
 from elastic_fit.supervisor.store.parts import Unfinished, unfinished
 from elastic_fit.supervisor.wish import EVENT, Wish, is_news, settle
@@ -74,20 +75,21 @@ class ResumeChooser:
             self._tell(f"--resume-from {settled.path} was followed before: what was saved since is gone on from")
         return settled
 
-    def __call__(self, wish: Wish) -> tuple[ResumePoint, ...]:
+    def __call__(self, wish: Wish, is_told: Callable[[], bool] = never) -> tuple[ResumePoint, ...]:
         """The points to go on from, by number of the fit.
 
         Args:
             wish: as settled when the run began, by this node or another one.
+            is_told: asked while checkpoints are read, by any thread, whether to leave off.
 
-        Raises NoValidCheckpoint where there are checkpoints and none of them can be used, FencedOff where another
-        supervisor has taken the run.
+        Raises LeftOff where it says so, NoValidCheckpoint where there are checkpoints and none of them can be used,
+        FencedOff where another supervisor has taken the run.
         """
         fits = sorted({*self._fits(), *([1] if wish.path else [])})
         lost = {fit: unfinished(self._folder.fit(fit)) for fit in fits}
         if self._ledger is not None:
             self._sweep(self._ledger)
-        points = tuple(point for number in fits if (point := self._choose(number, wish)) is not None)
+        points = tuple(point for number in fits if (point := self._choose(number, wish, is_told)) is not None)
         self._tell_unfinished(lost, {point.fit: point.step for point in points})
         return points
 
@@ -126,10 +128,10 @@ class ResumeChooser:
                 self._ledger.write("no_rescue", step=step, why=why, safe_step=safe_step, lost=step - safe_step)
                 self._tell(f"{step - safe_step} steps since step {safe_step} are lost: {why}")
 
-    def _choose(self, fit: int, wish: Wish) -> ResumePoint | None:
-        selection = CheckpointStore(self._folder.fit(fit)).latest_valid()
+    def _choose(self, fit: int, wish: Wish, is_told: Callable[[], bool]) -> ResumePoint | None:
+        selection = CheckpointStore(self._folder.fit(fit)).latest_valid(is_told=is_told)
         if wish.path is not None and fit == 1 and not _is_since(wish, selection):
-            selection = self._named(Path(wish.path))
+            selection = self._named(Path(wish.path), is_told)
         chosen = selection.chosen
         self._note(fit, selection)
         if chosen is None and selection.rejected:
@@ -137,11 +139,11 @@ class ResumeChooser:
         self._tell_rejected(chosen, selection)
         return _point(fit, chosen) if chosen else None
 
-    def _named(self, path: Path) -> Selection:
+    def _named(self, path: Path, is_told: Callable[[], bool]) -> Selection:
         """The checkpoint that was asked for."""
         if not path.exists():
             raise UsageError(f"there is no checkpoint {path}", hint="elastic-fit ls RUN_DIR lists those of a run")
-        verdict = verify(path)
+        verdict = verify(path, is_told=is_told)
         if verdict.manifest is None or not (verdict.valid or self._invocation.force):
             raise NoValidCheckpoint(
                 f"{path} can't be resumed from: {verdict.why}",

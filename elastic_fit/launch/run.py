@@ -125,13 +125,14 @@ class _Launch:
                 self.folder, ledger, self.invocation, self.console.line, generation=lambda: generation
             )
             wish = chooser.settle(generation)
-            resume = chooser(wish)
             planner = Planner(self.invocation, self.folder, self.identity.run_id, generation)
+            agent = self._agent(ledger, chooser, wish, latch, planner)
+            resume = agent.choose_resume()
             if self.lease.recovered:
                 self.console.line(self.lease.recovered)
-            self.console.start(self.invocation, self.folder, generation, resume, planner.logs_root)
+            if resume is not None:
+                self.console.start(self.invocation, self.folder, generation, resume, planner.logs_root)
             self.nursery.preload(self.invocation.preload)
-            agent = self._agent(ledger, chooser, wish, latch, planner)
             agent.run()
             agent.forget_orders()
         return close(agent.status, tally(ledger), ledger, self.console, fresh=self.invocation.fresh)

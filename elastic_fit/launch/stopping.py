@@ -7,6 +7,7 @@ import getpass
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import time
@@ -135,6 +136,17 @@ class Ears:
         """Readable when a signal is waiting. Boards and files have to be looked at from time to time."""
         return self._latch.fileno()
 
+    def has_news(self) -> bool:
+        """Whether somebody asks who was not heard yet; for whoever is busy, as often as it likes and in any thread."""
+        if select.select([self._latch.fileno()], [], [], 0)[0]:
+            return True
+        if not self._is_time_to_look():
+            return False
+        if (self._orders is not None and self._orders.has_one()) or self._sees_file():
+            return True
+        self._looked_ns = self._now_ns()
+        return False
+
     def hear(self, boards: Sequence[tuple[int, Board]] = ()) -> list[StopRequest]:
         """The requests since the last call; `boards` are those of workers that may have been asked, by rank.
 
@@ -176,15 +188,20 @@ class Ears:
             )
 
     def _files(self) -> Iterator[StopRequest]:
-        now = self._now_ns()
-        if now - self._looked_ns < LOOK_S * 1e9:
+        if not self._is_time_to_look():
             return
-        self._looked_ns = now
+        self._looked_ns = self._now_ns()
         if self._orders is not None and (order := self._orders.take()) is not None:
             yield self._from("command", order.by, save=order.save, id_=order.id)
-        if self._file is not None and not self._has_heard_file and self._file.exists():
+        if self._sees_file():
             self._has_heard_file = True
             yield self._from("file", f"the file {self._file}")
+
+    def _is_time_to_look(self) -> bool:
+        return self._now_ns() - self._looked_ns >= LOOK_S * 1e9
+
+    def _sees_file(self) -> bool:
+        return self._file is not None and not self._has_heard_file and self._file.exists()
 
     def _from(self, source: str, reason: str, *, save: bool = True, id_: str = "") -> StopRequest:
         return StopRequest(

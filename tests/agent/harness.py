@@ -108,7 +108,7 @@ class Node:
             latch=self.latch,
             ledger=Ledger(folder / "events.jsonl", generation=1),
             observer=self.heard,
-            select_resume=lambda _: resume,
+            select_resume=lambda *_: resume,
             plan=self._plan,
         )
         self.agent = ElasticAgent(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from elastic_fit.supervisor.store.digest import CHUNK_BYTES, digest_of
+from elastic_fit.supervisor.store.digest import CHUNK_BYTES, LeftOff, digest_of
 
 
 def written(path: Path, size: int) -> bytes:
@@ -44,6 +44,23 @@ def test_a_piece_that_cannot_be_read_ends_all_readers_with_its_error(
     with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="Input/output"):
         digest_of(file.fileno(), lanes)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+@pytest.mark.parametrize("pieces", [0, 1, 7])
+def test_all_readers_leave_off_as_soon_as_they_are_told(tmp_path: Path, pieces: int, lanes: int) -> None:
+    written(tmp_path / "file", 64 * CHUNK_BYTES)
+    before = threading.active_count()
+    asked: list[None] = []
+
+    def is_told() -> bool:
+        asked.append(None)
+        return len(asked) > pieces
+
+    with (tmp_path / "file").open("rb") as file, pytest.raises(LeftOff):
+        digest_of(file.fileno(), lanes, is_told)
+    assert threading.active_count() == before
+    assert len(asked) <= pieces + lanes
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from elastic_fit.supervisor.errors import FencedOff
 from elastic_fit.supervisor.store.commit import DigestingFile, Staged
+from elastic_fit.supervisor.store.digest import LeftOff
 from elastic_fit.supervisor.store.disk import Disk
 from elastic_fit.supervisor.store.folder import (
     NO_FENCE,
@@ -64,6 +65,7 @@ __all__ = [
     "Holder",
     "LastN",
     "Lease",
+    "LeftOff",
     "Manifest",
     "ManifestError",
     "Rejected",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -15,10 +16,22 @@ LANES = 4
 """Threads for one file, at most: hashing, which is done in order, is about four times as fast as reading."""
 
 
-def digest_of(descriptor: int, lanes: int = 1) -> str:
-    """The xxh3-128 of all that can be read from a file, by as many threads as `lanes`. Raises OSError."""
+class LeftOff(Exception):
+    """Whoever reads has been told to leave off, and nothing is known of what was to be read."""
+
+
+def never() -> bool:
+    """Nobody tells to leave off."""
+    return False
+
+
+def digest_of(descriptor: int, lanes: int = 1, is_told: Callable[[], bool] = never) -> str:
+    """The xxh3-128 of all that can be read from a file, by as many threads as `lanes`. Raises OSError.
+
+    `is_told` is asked by each of them before every piece; LeftOff is raised where it says so.
+    """
     lanes = max(1, min(lanes, os.fstat(descriptor).st_size // CHUNK_BYTES))
-    relay = _Relay(descriptor, lanes)
+    relay = _Relay(descriptor, lanes, is_told)
     if lanes == 1:
         relay.run(0)
     else:
@@ -30,9 +43,10 @@ def digest_of(descriptor: int, lanes: int = 1) -> str:
 class _Relay:
     """Threads that read the pieces of a file side by side. Each hashes its own, when those before it are hashed."""
 
-    def __init__(self, descriptor: int, lanes: int) -> None:
+    def __init__(self, descriptor: int, lanes: int, is_told: Callable[[], bool]) -> None:
         self.digest = xxhash.xxh3_128()
         self._descriptor = descriptor
+        self._is_told = is_told
         self._turns: list[SimpleQueue[None]] = [SimpleQueue() for _ in range(lanes)]
         self._turns[0].put(None)
         self._over = False
@@ -45,6 +59,8 @@ class _Relay:
         stride = len(self._turns) * CHUNK_BYTES
         try:
             for start in itertools.count(lane * CHUNK_BYTES, stride):
+                if self._is_told():
+                    raise LeftOff
                 count = _fill(buffer, self._descriptor, start)
                 mine.get()
                 if self._over:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_fit.supervisor.errors import StorageError
 from elastic_fit.supervisor.store import leftovers
 from elastic_fit.supervisor.store.commit import Staged
+from elastic_fit.supervisor.store.digest import never
 from elastic_fit.supervisor.store.disk import TEMPORARY, Disk, exists, hidden_path, make_folders, remove_tree
 from elastic_fit.supervisor.store.generation import Fence, check_whether_replaced
 from elastic_fit.supervisor.store.manifest import SUFFIX, Facts, Manifest, check_relative
@@ -169,10 +171,11 @@ class CheckpointStore:
         verdicts = [(path, verify(path, deep=deep)) for path in self.candidates()]
         return sorted(verdicts, key=lambda one: (_order(one[1]), one[0].name), reverse=True)
 
-    def latest_valid(self) -> Selection:
+    def latest_valid(self, *, is_told: Callable[[], bool] = never) -> Selection:
         """Order by (branch, step, generation), verify deeply, take the first that holds.
 
         Whatever has no readable manifest may be newer, for all that can be told: it counts as rejected.
+        Raises LeftOff where `is_told` says so, which is asked while the files are read.
         """
         quick = self.scan()
         rejected = [Rejected(path=path, why=verdict.why) for path, verdict in quick if verdict.manifest is None]
@@ -181,7 +184,7 @@ class CheckpointStore:
             if verdict.manifest is None:
                 continue
             if verdict.valid:
-                verdict = verify(path)
+                verdict = verify(path, is_told=is_told)
             if verdict.valid and verdict.manifest is not None:
                 if verdict.manifest.extra.get("weights_only"):
                     unfit.append(Rejected(path=path, why="it holds weights only"))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from pathlib import Path
 import xxhash
 
 from elastic_fit.supervisor.errors import FencedOff, StorageError
+from elastic_fit.supervisor.store.digest import LeftOff, never
 from elastic_fit.supervisor.store.folder import NO_FENCE, Checkpoint, CheckpointStore
 from elastic_fit.supervisor.store.generation import Fence, check_whether_replaced
 from elastic_fit.supervisor.store.manifest import (
@@ -312,8 +313,11 @@ def mark_of(name: str) -> str:
     return f".{name}{MARK}"
 
 
-def verify_object(url: Url, *, deep: bool) -> Verdict:
-    """Check one checkpoint in an object store; with `deep` all of it is downloaded, in bounded memory."""
+def verify_object(url: Url, *, deep: bool, is_told: Callable[[], bool] = never) -> Verdict:
+    """Check one checkpoint in an object store; with `deep` all of it is downloaded, in bounded memory.
+
+    Raises LeftOff where `is_told` says so.
+    """
     objects, name = Objects(url.parent), url.name
     try:
         # On a small object the range is cut short; one byte more than allowed is enough to refuse a large one.
@@ -324,10 +328,10 @@ def verify_object(url: Url, *, deep: bool) -> Verdict:
         return Verdict(valid=False, why=f"its manifest can't be read: {error}")
     if not manifest.belongs_to(name):
         return Verdict(valid=False, why=f"its manifest is that of {manifest.name}", manifest=manifest)
-    return judged(manifest, _fault(objects, name, manifest, deep=deep), "deep" if deep else "quick")
+    return judged(manifest, _fault(objects, name, manifest, deep=deep, is_told=is_told), "deep" if deep else "quick")
 
 
-def _fault(objects: Objects, name: str, manifest: Manifest, *, deep: bool) -> str | None:
+def _fault(objects: Objects, name: str, manifest: Manifest, *, deep: bool, is_told: Callable[[], bool]) -> str | None:
     if manifest.is_folder or manifest.files[0].path:
         return "its data is not of the kind that an object store holds"
     entry = manifest.files[0]
@@ -335,7 +339,7 @@ def _fault(objects: Objects, name: str, manifest: Manifest, *, deep: bool) -> st
         size = objects.size(name)
         if size != entry.size:
             return f"{name} has {size} bytes, the manifest says {entry.size}"
-        if deep and _digest(objects, name, size) != entry.digest:
+        if deep and _digest(objects, name, size, is_told) != entry.digest:
             return f"{name} is not what was written: its digest differs"
     except FileNotFoundError:
         return "its data is missing"
@@ -344,9 +348,11 @@ def _fault(objects: Objects, name: str, manifest: Manifest, *, deep: bool) -> st
     return None
 
 
-def _digest(objects: Objects, name: str, size: int) -> str:
+def _digest(objects: Objects, name: str, size: int, is_told: Callable[[], bool] = never) -> str:
     digest = xxhash.xxh3_128()
     for chunk in _chunks(objects, name, size):
+        if is_told():
+            raise LeftOff
         digest.update(chunk)
     return digest.hexdigest()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from elastic_fit.supervisor.store.digest import LANES, digest_of
+from elastic_fit.supervisor.store.digest import LANES, digest_of, never
 from elastic_fit.supervisor.store.manifest import MAX_BYTES, FileEntry, Manifest, ManifestError, manifest_path
 from elastic_fit.supervisor.store.objects import Url, is_remote, local_path
 from elastic_fit.supervisor.store.trust import UntrustedFile, distrust, open_below, read_small, walk
@@ -39,19 +40,20 @@ class Verdict:
     process has read or written every byte before, and the files are unchanged)."""
 
 
-def verify(path: Path | Url | str, *, deep: bool = True) -> Verdict:
+def verify(path: Path | Url | str, *, deep: bool = True, is_told: Callable[[], bool] = never) -> Verdict:
     """Check one checkpoint against its manifest.
 
     Args:
         path: the checkpoint: a file, a folder of shards, or the URL of an object.
         deep: compare the digest of every byte; else only names, kinds and sizes.
+        is_told: asked again and again, by any thread, whether to leave off.
 
-    Never raises for what is wrong with the checkpoint; that is the verdict.
+    Never raises for what is wrong with the checkpoint; that is the verdict. Raises LeftOff where it was told so.
     """
     if is_remote(path):
         from elastic_fit.supervisor.store.remote import verify_object
 
-        return verify_object(Url(str(path)), deep=deep)
+        return verify_object(Url(str(path)), deep=deep, is_told=is_told)
     data = Path(os.path.abspath(local_path(path)))
     if not data.name:
         return Verdict(valid=False, why="it is no checkpoint")
@@ -66,7 +68,7 @@ def verify(path: Path | Url | str, *, deep: bool = True) -> Verdict:
     if not manifest.belongs_to(data.name):
         return Verdict(valid=False, why=f"its manifest is that of {manifest.name}", manifest=manifest)
     try:
-        why, depth = check(data, manifest, deep=deep)
+        why, depth = check(data, manifest, deep=deep, is_told=is_told)
     except OSError as error:
         return Verdict(valid=False, why=f"{error.filename} can't be read: {error.strerror}", manifest=manifest)
     return judged(manifest, why, depth)
@@ -85,16 +87,18 @@ def judged(manifest: Manifest, why: str | None, depth: str) -> Verdict:
     return Verdict(valid=why is None, why=why or "", manifest=manifest, depth=depth)
 
 
-def check(data: Path, manifest: Manifest, *, deep: bool = True) -> tuple[str | None, str]:
+def check(
+    data: Path, manifest: Manifest, *, deep: bool = True, is_told: Callable[[], bool] = never
+) -> tuple[str | None, str]:
     """Compare data with a manifest, whatever their names: why they don't agree (or None), and the depth.
 
-    Raises OSError where that can't be told.
+    Raises OSError where that can't be told, LeftOff where `is_told` says so.
     """
     why = _shape(data, manifest)
     if why is not None or not deep:
         return why, "quick"
     cores, count = len(os.sched_getaffinity(0)), len(manifest.files)
-    compare = partial(_compare, data, lanes=min(LANES, cores // count))
+    compare = partial(_compare, data, lanes=min(LANES, cores // count), is_told=is_told)
     with ThreadPoolExecutor(min(count, max(THREADS, cores))) as threads:
         results = threads.map(compare, manifest.files)
         known = True
@@ -154,14 +158,14 @@ def _file_shape(name: str, status: os.stat_result | None, entry: FileEntry) -> s
     return None
 
 
-def _compare(data: Path, entry: FileEntry, *, lanes: int) -> tuple[str | None, bool]:
+def _compare(data: Path, entry: FileEntry, *, lanes: int, is_told: Callable[[], bool]) -> tuple[str | None, bool]:
     """Why a file isn't what was written, and whether its digest was known. Reads with up to `lanes` threads."""
     name = entry.path or data.name
     try:
         with open(open_below(data, entry.path), "rb", buffering=0) as file:
             key = identify(os.fstat(file.fileno()))
             known = _known.get(key)
-            digest = known or _known.setdefault(key, digest_of(file.fileno(), lanes))
+            digest = known or _known.setdefault(key, digest_of(file.fileno(), lanes, is_told))
     except OSError as error:
         raise OSError(error.errno, error.strerror, name) from error
     same = digest == entry.digest
