@@ -275,9 +275,10 @@ class ElasticAgent(TorchelasticAgent):
             if reply is Answer.BEGIN:
                 self._begin_stop(request)
             elif reply is Answer.AT_ONCE:
+                self._note_more("stop_insisted", request)
                 self._end_at_once()
             else:
-                self._note_repeated(request)
+                self._fx.observer.asked_again(request, self._note_more("stop_repeated", request))
 
     def _end_at_once(self) -> None:
         """A person insists."""
@@ -301,13 +302,13 @@ class ElasticAgent(TorchelasticAgent):
         if self._attempt is not None:
             self._ask(self._attempt, request.mode, request.deadline_ns)
 
-    def _note_repeated(self, request: StopRequest) -> None:
-        """Whoever asks once more hears how long the stop may still take."""
+    def _note_more(self, event: str, request: StopRequest) -> float:
+        """Somebody asks once more; returns how many seconds the stop may still take."""
         assert self._stop is not None
         left_s = max(0.0, seconds(self._fx.now_ns(), self._stop.deadline_ns))
         told = {"source": request.source, "reason": request.reason, "rank": request.rank, "id": request.id}
-        self._fx.ledger.write("stop_repeated", deadline_s=left_s, **told)
-        self._fx.observer.asked_again(request, left_s)
+        self._fx.ledger.write(event, deadline_s=left_s, **told)
+        return left_s
 
     def _ask(self, attempt: Attempt, mode: StopMode, deadline_ns: int) -> None:
         self._requests += 1

@@ -154,6 +154,9 @@ def test_second_interrupt_ends_at_once_whatever_had_begun_the_stop(tmp_path: Pat
         assert node.run() == unsaved_after(begun_by)
         thread.join()
         assert time.monotonic() - started < 20
+        (insisted,) = node.events("stop_insisted")
+        assert (insisted["source"], insisted["reason"]) == ("signal", "SIGINT")
+        assert 20 < insisted["deadline_s"] < 50, "what the stop might still have taken"
 
 
 def test_what_a_dead_worker_leaves_behind_is_killed_too(tmp_path: Path) -> None:
