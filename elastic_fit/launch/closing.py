@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from elastic_fit.supervisor.errors import StorageError
+from elastic_fit.supervisor.errors import ElasticFitError, StorageError
 from elastic_fit.supervisor.exits import Exit
 from elastic_fit.supervisor.goodput import Goodput, account
 from elastic_fit.supervisor.ledger import Ledger, read
@@ -19,6 +21,25 @@ def tally(ledger: Ledger) -> Goodput | None:
         return account(read(ledger.path))
     except StorageError:
         return None
+
+
+@contextmanager
+def noted(ledger: Ledger) -> Iterator[None]:
+    """Have the ledger tell also of an error that ends this launcher.
+
+    Of the launcher alone (`left`): the run may be another supervisor's by then, or other nodes go on with it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        ledger.write("finish", code=int(_status_after(error)), left=True, error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _status_after(error: BaseException) -> int:
+    if isinstance(error, ElasticFitError):
+        return error.exit_code
+    return Exit.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Exit.INTERNAL
 
 
 def close(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_fit.launch.arbiter import Arbiter, ArbiterLost, FolderArbiter, roster_of
-from elastic_fit.launch.closing import close, tally
+from elastic_fit.launch.closing import close, noted, tally
 from elastic_fit.launch.etcd import ETCD_BACKENDS, EtcdArbiter
 from elastic_fit.launch.names import address_of, interface_of, is_free, is_here, look_up
 from elastic_fit.launch.occupants import etcd_of, keep_out_of_other_jobs
@@ -231,7 +231,7 @@ class _Node:
         self.nursery.preload(self.invocation.preload)
         self._start = job_start(self.invocation, self.folder, ledger, self.console)
         # The signals stay latched to the end: a node that is still putting its job back is not to be ended by one.
-        with SignalLatch() as latch:
+        with noted(ledger), SignalLatch() as latch:
             status = self._take_part(ledger, latch)
             # A guest's own SLURM job only lends its nodes: it is the other one that is started again.
             if self._start is not None and self.guest_of is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic_fit.launch.closing import close, tally
+from elastic_fit.launch.closing import close, noted, tally
 from elastic_fit.launch.resume import ResumeChooser
 from elastic_fit.launch.stopping import Orders
 from elastic_fit.launch.workers import Nursery
@@ -119,7 +119,7 @@ class _Launch:
         ledger = Ledger(self.folder.events, generation=self.lease.generation)
         ledger.write("generation", recovered=self.lease.recovered)
         ledger.write("start", command=sys.argv, run_id=self.identity.run_id, cwd=os.getcwd())
-        with SignalLatch() as latch:
+        with noted(ledger), SignalLatch() as latch:
             generation = self.lease.generation
             chooser = ResumeChooser(
                 self.folder, ledger, self.invocation, self.console.line, generation=lambda: generation

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_fit.launch.commands.stop import is_running, stop
 from elastic_fit.launch.render import Console
 from elastic_fit.supervisor.ledger import Event, read
 from elastic_fit.supervisor.rundir import RunDir
@@ -224,6 +225,23 @@ def test_roster_that_is_not_readable_ends_the_command_with_its_name_and_is_left_
     assert f"what the nodes have agreed on last can't be read: {broken}: " in outcome.said
     assert "hint: another version of elastic-fit may have written it" in outcome.said
     assert broken.read_text() == text
+    assert not is_running(read(outcome.run / "events.jsonl"))
+
+
+@pytest.mark.parametrize("nodes", ["1", "1:2"])
+def test_command_that_an_error_ends_runs_no_longer_also_for_those_who_ask_the_ledger(
+    launched: Launched, tmp_path: Path, nodes: str
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    torn = tmp_path / "run/checkpoints/fit-1/step=3.ckpt"
+    torn.parent.mkdir(parents=True)
+    torn.write_text("torn")
+    outcome = launched("--nnodes", nodes, str(tmp_path / "train.py"))
+    assert outcome.code == 74, outcome.said
+    (end,) = outcome.events("finish")
+    assert (end["code"], end["left"]) == (74, True)
+    assert end["error"].startswith("NoValidCheckpoint: none of the checkpoints in ")
+    assert stop(RunDir(outcome.run), save=True, wait=True).state == "not running"
 
 
 @pytest.mark.slow
@@ -246,6 +264,9 @@ def test_roster_that_is_overwritten_while_the_job_runs_ends_it_with_the_storages
         assert code == 74, text
         assert "1000.json: " in text
         assert "launch/contact.py" not in text, "a traceback of ours"
+    events = read(folder / "run" / "events.jsonl")
+    assert [(event["code"], event["left"]) for event in events if event.event == "finish"] == [(74, True)] * nodes
+    assert not is_running(events)
     reached = max(one["step"] for one in done())
     broken.unlink()
     (folder / "last-step").write_text(str(reached + 20))
