@@ -10,8 +10,9 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 
 from elastic_fit.launch._torchelastic import Result
-from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
+from elastic_fit.launch.agent import ElasticAgent
 from elastic_fit.launch.attempt import Attempt, Program
+from elastic_fit.launch.effects import Effects, Limits
 from elastic_fit.launch.membership import ElasticRendezvous
 from elastic_fit.launch.rounds import Change, Gathered, JobClosed, Report, Verdict
 from elastic_fit.supervisor.board import StopMode

@@ -321,8 +321,8 @@ class _Node:
         return chosen
 
     def _agent(self, ledger: Ledger, latch: SignalLatch, rendezvous: ElasticRendezvous) -> ClusterAgent:
-        from elastic_fit.launch.agent import Effects
         from elastic_fit.launch.cluster import ClusterAgent
+        from elastic_fit.launch.effects import Effects
         from elastic_fit.launch.planner import limits_of, program_of, spec_of
         from elastic_fit.launch.resume import ResumeChooser
         from elastic_fit.supervisor.policy import RestartPolicy

@@ -16,8 +16,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from torch.distributed.run import determine_local_world_size
 
 from elastic_fit.launch._torchelastic import TorchelasticAgent
-from elastic_fit.launch.agent import Limits
 from elastic_fit.launch.attempt import BOARD_PATH, Program, WorkerPlan
+from elastic_fit.launch.effects import Limits
 from elastic_fit.launch.streams import Route
 from elastic_fit.supervisor.context import ENVIRONMENT_VARIABLE, ResumePoint, WorkerContext
 from elastic_fit.supervisor.errors import StorageError

@@ -140,7 +140,8 @@ class _Launch:
     def _agent(
         self, ledger: Ledger, chooser: ResumeChooser, wish: Wish, latch: SignalLatch, planner: Planner
     ) -> ElasticAgent:
-        from elastic_fit.launch.agent import Effects, ElasticAgent
+        from elastic_fit.launch.agent import ElasticAgent
+        from elastic_fit.launch.effects import Effects
         from elastic_fit.launch.planner import limits_of, program_of, spec_of
         from elastic_fit.launch.rendezvous import SoloRendezvous
         from elastic_fit.supervisor.policy import RestartPolicy

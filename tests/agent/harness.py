@@ -14,8 +14,9 @@ from pathlib import Path
 from torch.distributed.elastic.agent.server.api import Worker, WorkerSpec
 
 from elastic_fit.launch._torchelastic import TorchelasticAgent
-from elastic_fit.launch.agent import Effects, ElasticAgent, Limits
+from elastic_fit.launch.agent import ElasticAgent
 from elastic_fit.launch.attempt import BOARD_PATH, Program, WorkerPlan
+from elastic_fit.launch.effects import Effects, Limits
 from elastic_fit.launch.rendezvous import SoloRendezvous
 from elastic_fit.launch.streams import Route
 from elastic_fit.launch.workers import Nursery

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_fit.launch.agent import Limits
 from elastic_fit.launch.attempt import Program
+from elastic_fit.launch.effects import Limits
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.policy import RestartPolicy
 from tests.agent.harness import Node, wait_until

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elastic_fit.launch.agent import Limits
 from elastic_fit.launch.attempt import Program
+from elastic_fit.launch.effects import Limits
 from elastic_fit.launch.workers import Nursery
 from elastic_fit.supervisor.policy import GiveUp, Restart, RestartPolicy
 from elastic_fit.supervisor.stop import unsaved_after
