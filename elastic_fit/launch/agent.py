@@ -184,7 +184,7 @@ class ElasticAgent(TorchelasticAgent):
             if not told_of_start and not ending_ns and attempt.has_trained:
                 told_of_start = True
                 self._note_start(attempt)
-            if (attempt.first_exit_ns or attempt.is_parted) and not ending_ns:
+            if self._is_left_waiting(attempt, ending_ns):
                 ending_ns = self._release_survivors(attempt)
             ending_ns = self._note_others(attempt, ending_ns)
             is_late = self._stop is not None and self._fx.now_ns() >= self._stop.deadline_ns
@@ -317,6 +317,14 @@ class ElasticAgent(TorchelasticAgent):
                 step=attempt.board_of(exit_.pid)[Word.STEP],
                 noticed_s=seconds(exit_.seen_ns, self._fx.now_ns()),
             )
+
+    def _is_left_waiting(self, attempt: Attempt, ending_ns: int) -> bool:
+        """Whether workers may wait for one that is gone, and nobody has told them yet."""
+        if attempt.is_rescuing:
+            return False
+        # In an end in peace those that could save nothing yet were sent away.
+        has_failed = attempt.has_crashed if ending_ns else bool(attempt.first_exit_ns)
+        return has_failed or attempt.is_parted
 
     def _release_survivors(self, attempt: Attempt) -> int:
         """A worker is gone: ask the others to save what they hold and leave. Returns their deadline."""

@@ -169,6 +169,12 @@ class Attempt:
         ]
 
     @property
+    def has_crashed(self) -> bool:
+        """Whether a worker has ended badly that was not sent away."""
+        ended = [worker for worker in self._workers.values() if worker.exit is not None]
+        return any(not worker.is_sent_away and not self._has_ended_well(worker) for worker in ended)
+
+    @property
     def has_stopped(self) -> bool:
         """Whether a worker has left as one does that has saved and stops."""
         return any(

@@ -37,6 +37,8 @@ from elastic_fit.supervisor.wish import Wish
 
 VERDICT_S = 10.0
 """How long after a stop's deadline a node waits to hear how the job has ended."""
+PEACEFUL = (Cause.JOIN, Cause.LEAVE, Cause.STOP)
+"""Why workers are asked to end all at one step."""
 
 
 class StoppedWaiting(Exception):
@@ -213,7 +215,8 @@ class ClusterAgent(ElasticAgent):
         )
         if change.cause is not None:
             self._news(change.why)
-        self._ended_for = change
+        if change.cause is not Cause.FAILED or self._ended_for is None:  # of an end in peace it is no reason of its own
+            self._ended_for = change
         if change.cause is None:
             attempt.kill()
             return ending_ns
@@ -248,6 +251,8 @@ class ClusterAgent(ElasticAgent):
         self._own_failures = failures = attempt.failures()
         if failures and (self._ended_for is None or self._ended_for.cause in (Cause.FINISHED, Cause.FAILED)):
             cause = Cause.FAILED
+        elif failures and self._has_ended_in_discord(attempt):
+            cause, failures = Cause.FAILED, []
         elif self._stop is not None:
             cause = Cause.STOP
         elif all(code == 0 for code in codes.values()):
@@ -266,6 +271,13 @@ class ClusterAgent(ElasticAgent):
             is_end_unsaved=attempt.is_end_unsaved,
             failures=[asdict(failure) for failure in told],
         )
+
+    def _has_ended_in_discord(self, attempt: Attempt) -> bool:
+        """Whether an end in peace has failed: the other nodes' workers must not wait for it to come about.
+
+        It spends no restart: that the nodes meet anew was decided before.
+        """
+        return attempt.is_rescuing and self._ended_for is not None and self._ended_for.cause in PEACEFUL
 
     # leading
 

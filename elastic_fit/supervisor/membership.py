@@ -163,14 +163,18 @@ def _fence(view: View) -> Fence | None:
     """Whether this node must stop since the arbiter is out of its reach, and not simply down for all that it hears.
 
     While a round's nodes all hear one another, no other round can form behind the back of one: whoever wanted to would
-    have to miss it first. So an outage is nobody's loss, and where it may become one there is time to save.
+    have to miss it first. So an outage is nobody's loss, and where it may become one there is time to save. A node that
+    trains alone has nobody who would tell it whether the others reach the arbiter: it saves at once.
     """
     bounds, roster = view.bounds, view.roster
     if view.arbiter_age_s < bounds.fence_s:
         return None
     why = "the arbiter of the job can't be reached"
+    is_told_of_more = roster is not None and view.told_version > roster.version
+    if roster is not None and _trains_alone(view, roster) and not is_told_of_more:
+        return Fence(why=why, cause=Cause.LOST if view.arbiter_age_s < bounds.takeover_s else None)
     near = [peer for peer in view.peers.values() if roster is not None and roster.seats(peer.profile.node)]
-    if roster is None or not near or view.told_version > roster.version:
+    if roster is None or not near or is_told_of_more:
         return Fence(why=why)
     if any(peer.quiet_s >= bounds.fence_s for peer in near) or view.arbiter_age_s >= bounds.takeover_s:
         return Fence(why=why)
@@ -180,6 +184,10 @@ def _fence(view: View) -> Fence | None:
     # An arbiter that is back is not back for all in the same moment: it counts from when somebody reaches it.
     is_mine = any(min(view.arbiter_age_s, peer.reaches_arbiter_s) >= 2 * bounds.silence_s for peer in near)
     return Fence(why=why, cause=Cause.LOST) if is_mine or view.arbiter_age_s >= bounds.outage_s else None
+
+
+def _trains_alone(view: View, roster: Roster) -> bool:
+    return roster.phase is Phase.RUNNING and list(roster.ranks) == [view.me.node]
 
 
 def _opening(view: View, version: int, round_: int, generation: int) -> Roster:

@@ -3,8 +3,9 @@
 Each rank notes the samples that it takes and each step that it has done, and what its parameter was by then: every
 step adds one to it, on every world size, so that a step that was lost or done twice shows in the sum.
 
-The test steers it by files in the folder: `last-step` ends the training at that step; while `hold-start`, `hold-save`
-or `hold-validation` is there, who comes to that place waits in it and notes so; while `hold-save-h1` is, h1 does.
+The test steers it by files in the folder: `last-step` ends the training at that step; while `hold-start`, `hold-save`,
+`hold-validation` or `hold-stop` is there, who comes to that place waits in it and notes so; while `hold-save-h1` is, h1
+does. Rank 0 comes to `stop` where it is about to tell the others whether they save.
 
 With CALLBACK=1 it knows of ElasticCheckpoint and of the number of nodes, as a script without the launcher has to.
 """
@@ -12,6 +13,7 @@ With CALLBACK=1 it knows of ElasticCheckpoint and of the number of nodes, as a s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -111,6 +113,18 @@ class Notes(pl.Callback):
             trainer.should_stop = True
 
 
+class StopHeld(logging.Handler):
+    """Is told what rank 0 has decided before the other ranks are."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__()
+        self._trainer = trainer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "stopping after step" in record.getMessage():
+            hold(self._trainer, "stop")
+
+
 def main() -> None:
     pl.seed_everything(SEED)
     data = torch.arange(SAMPLES)
@@ -133,6 +147,8 @@ def main() -> None:
         val_check_interval=VALIDATE_EVERY or None,
         **sharded,
     )
+    logging.getLogger("elastic_fit").addHandler(StopHeld(trainer))
+    logging.getLogger("elastic_fit").setLevel(logging.INFO)
     trainer.fit(Counter(), DataLoader(data, batch_size=1), DataLoader(data, batch_size=1))
 
 

@@ -17,6 +17,7 @@ from elastic_fit.launch import cli
 from elastic_fit.launch.arbiter import KEEP_VERSIONS, Arbiter, ArbiterLost, FolderArbiter
 from elastic_fit.launch.etcd import EtcdArbiter
 from elastic_fit.supervisor.errors import StorageError, UsageError
+from elastic_fit.supervisor.ledger import Event, read
 from elastic_fit.supervisor.roster import Phase, Roster
 from elastic_fit.supervisor.view import Bounds
 from tests.nodes.cluster import Cluster, wait_until
@@ -214,3 +215,30 @@ def test_run_whose_nodes_agree_over_etcd_is_not_pruned_under_them(
         job.communicate(timeout=60)
     assert job.returncode == 75
     assert cli.main([*prune, "--yes"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_node_that_trains_alone_saves_before_it_ends_for_want_of_etcd_and_repeats_no_step(
+    tmp_path: Path, etcd: EtcdServer
+) -> None:
+    folder = tmp_path / "job"
+    flags = ("--rdzv-backend", "etcd", "--rdzv-endpoint", f"127.0.0.1:{etcd.port}")
+    job = start(folder, "1:2", 100_000, *flags)
+
+    def noted(name: str) -> list[Event]:
+        return [event for event in read(folder / "run" / "events.jsonl") if event.event == name]
+
+    try:
+        wait_until(lambda: noted("training"), 60)
+        etcd.kill()
+        wait_until(lambda: len(noted("worker_exit")) == 2, 30)
+        assert noted("rescue")
+        etcd.start()
+        wait_until(lambda: len(noted("training")) == 2, 60)
+        assert [event["steps"] for event in noted("steps_repeated")] == [0]
+        assert noted("stragglers") == []
+    finally:
+        job.terminate()
+        _, text = job.communicate(timeout=60)
+    assert job.returncode == 75, text

@@ -148,6 +148,18 @@ def test_arbiter_that_is_back_for_one_before_the_other_stops_nobody() -> None:
     world.run(30, all_train)
 
 
+def test_node_that_trains_alone_and_loses_sight_of_the_arbiter_saves_before_it_ends() -> None:
+    for seed in range(10):
+        world = formed(1, 4, NAMES[:1], seed=seed)
+        alone, before = world.living()[0], world.cell.history[-1].generation
+        world.blind.add(alone.node)
+        world.run_until(lambda w, alone=alone: not alone.training, 6)
+        assert world.shelf.best() == world.reached[before]
+        world.blind.clear()
+        world.run_until(lambda w: w.trains_with(1), 15)
+        assert world.cell.history[-1].decision["resume"] == world.reached[before], "no step is done twice"
+
+
 def test_round_that_cannot_reach_the_arbiter_has_ended_before_a_spare_that_can_begins_one() -> None:
     world = formed(1, 2, NAMES[:3])
     members = [world.hosts[member.node] for member in world.cell.history[-1].members]

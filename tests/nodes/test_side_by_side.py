@@ -204,3 +204,26 @@ def test_guest_takes_the_rdzv_id_from_the_job(nodes: Nodes) -> None:
     told = [one.communicate(timeout=60)[1] for one in (first, guest)]
     assert [first.returncode, guest.returncode] == [75, 75], told
     assert {one["attempt"] for one in nodes.noted("rendezvous")} == {0, 1}, "one change, which took the guest in"
+
+
+@pytest.mark.slow
+def test_worker_that_dies_while_the_nodes_stop_for_a_newcomer_keeps_nobody_waiting_for_the_whole_grace(
+    nodes: Nodes,
+) -> None:
+    patient = ("--grace", "600")  # longer than this test waits for anything
+    nodes.start("1:3", *patient)
+    nodes.wait_until(lambda: nodes.train(2))
+    nodes.start("1:3", *patient)
+    nodes.wait_until(lambda: nodes.train(4))
+    hold, held = nodes.folder / "hold-stop", nodes.folder / "held.jsonl"
+    hold.touch()
+    nodes.start("1:3", *patient)
+    nodes.wait_until(lambda: held.exists() and held.read_text())
+    # The other three wait for its word, one beside it and two on the other node: nothing that breaks tells them.
+    workers = {rank: pid for one in nodes.noted("workers_started", attempt=1) for rank, pid in one["pids"].items()}
+    os.kill(int(workers["0"]), signal.SIGKILL)
+    hold.unlink()
+    nodes.wait_until(lambda: nodes.train(6))
+    assert nodes.noted("stragglers") == []
+    assert [one["steps"] for one in nodes.noted("steps_repeated")] == [0, 0], "what they held was saved"
+    assert nodes.noted("decision") == [], "the nodes met anew in any case: no restart is spent"
