@@ -23,8 +23,9 @@ def check_successor(before: Roster | None, after: Roster, bounds: Bounds) -> Non
     if after.phase is Phase.GATHERING:
         assert after.leading is not None, told
         assert after.leading.node == after.leader, told
-        # A leader that leaves says so: the others go on without it.
-        assert after.leader not in after.lost or after.seats(after.leader), told
+        # A leader that leaves says so: the others go on without it. Who was taken for lost before may be back.
+        newly_lost = set(after.lost) - set(before.lost if before is not None else ())
+        assert after.leader not in newly_lost or after.seats(after.leader), told
 
 
 def _check_call(before: Roster, after: Roster, told: str) -> None:
