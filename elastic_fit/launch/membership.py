@@ -196,13 +196,13 @@ class ElasticRendezvous(RendezvousHandler):
         """
         keeper = self._keeper
         order = keeper.take_release()
+        if order is not None and order.cause is None:
+            return Change(cause=None, why=order.why or "the job goes on without this node")
         if keeper.failure is not None and not self._has_told_failure:
             self._has_told_failure = True
             return Change(cause=Cause.LOST, why=str(keeper.failure))
         if order is None:
             return None
-        if order.cause is None:
-            return Change(cause=None, why=order.why or "the job goes on without this node")
         roster = keeper.roster
         assert roster is not None
         note = roster.note if order.cause is Cause.STOP else {}

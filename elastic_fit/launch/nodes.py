@@ -251,7 +251,9 @@ class _Node:
             rendezvous.shutdown()
         fresh = self.invocation.fresh and self.invocation.job is None  # later starts of a SLURM job go on nevertheless
         result = agent.tally or tally(ledger)
-        return close(agent.status, result, ledger, self.console, left=agent.leaves, fresh=fresh)
+        # Who was in no round ends nothing: the job that it was of, or another one in the folder, may go on.
+        left = agent.leaves or rendezvous.roster is None
+        return close(agent.status, result, ledger, self.console, left=left, fresh=fresh)
 
     def _rendezvous(self, latch: SignalLatch) -> ElasticRendezvous:
         from torch.distributed.run import determine_local_world_size
@@ -273,7 +275,7 @@ class _Node:
             arbiter,
             name=(self.invocation.job.node if self.invocation.job else "") or socket.gethostname(),
             address=self.address,
-            port=latch.unless_told(lambda: self._port(own_traits, arbiter)) or 0,
+            port=latch.unless_told(lambda: self._port(own_traits, arbiter, latch)) or 0,
             workers=determine_local_world_size(args.nproc_per_node),
             traits=own_traits,
             wish=args.node_rank or None,
@@ -290,7 +292,7 @@ class _Node:
 
     def _take_generation(self, number: int, own: str) -> bool:
         """Publish the number of a round that this node leads; False where somebody else has it. See `occupants`."""
-        if not self._generation:
+        if newest_generation(self.folder.generations) != self._generation:
             keep_out_of_other_jobs(self.folder, own)
         if not publish_generation(self.folder.generations, number, Holder.this_process()):
             keep_out_of_other_jobs(self.folder, own)
@@ -298,7 +300,7 @@ class _Node:
         self._generation = number
         return True
 
-    def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter) -> int:
+    def _port(self, own_traits: Mapping[str, str], arbiter: Arbiter, latch: SignalLatch) -> int:
         """Where this node's agent listens: at the endpoint if that is here, else anywhere. See `introduction`."""
         from elastic_fit.launch.introduction import introduce, parse_endpoint
 
@@ -317,7 +319,13 @@ class _Node:
             return chosen
         if here:
             return endpoint[1] if is_free(endpoint[1]) else 0
-        introduce(endpoint, own_traits, is_first=_is_new(arbiter), tell=self.console.line, is_told=self._orders.has_one)
+        introduce(
+            endpoint,
+            own_traits,
+            is_first=_is_new(arbiter),
+            tell=self.console.line,
+            is_told=lambda: latch.is_told or self._orders.has_one(),
+        )
         return chosen
 
     def _agent(self, ledger: Ledger, latch: SignalLatch, rendezvous: ElasticRendezvous) -> ClusterAgent:

@@ -102,12 +102,22 @@ def _newest_home(folder: RunDir) -> dict[str, str]:
 def _unfinished_homes(folder: RunDir) -> dict[str, str]:
     """The same of all starts of nodes that agree over etcd, the newest first.
 
-    Where a job has ended since, or has begun that agrees in the folder, no server needs to be asked about it.
+    Where a job has ended since, or trains that agrees in the folder, no server needs to be asked about it; nor about
+    what a node has agreed on that has ended.
     """
     homes: dict[str, str] = {}
+    trained: set[tuple[str, int]] = set()
+    ended: set[tuple[str, int]] = set()
     for event in reversed(read(folder.events)):
-        if (event.event == "finish" and not event.get("left")) or (event.event == "start" and not event.get("etcd")):
+        launcher = (event.host, event.pid)
+        if event.event == "finish" and not event.get("left"):
             break
-        if event.event == "start":
+        if event.event == "finish":
+            ended.add(launcher)
+        elif event.event == "workers_started":
+            trained.add(launcher)
+        elif event.event == "start" and event.get("etcd") and launcher not in ended:
             homes.setdefault(str(event["job"]), str(event["etcd"]))
+        elif event.event == "start" and not event.get("etcd") and launcher in trained:
+            break
     return homes

@@ -23,6 +23,10 @@ def hold_signals() -> set[int]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, HELD))
 
 
+def _pass_over(number: int, frame: FrameType | None) -> None:
+    """A handler for what comes too late. (``SIG_IGN`` would be passed on to processes, and taken for nohup's.)"""
+
+
 class CutShort(BaseException):
     """A stop signal has come, and what was under way is left off. Like KeyboardInterrupt no Exception."""
 
@@ -47,18 +51,19 @@ class SignalLatch:
         for number in STOP_SIGNALS:
             if not stays_ignored(number, signal.getsignal(number)):
                 self._before[number] = signal.signal(number, self._latch)
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Who was held before is held again, and Ctrl-C with them: a signal on the way out does not undo an exit status
-        # that is settled.
-        held = STOP_SIGNALS if self._mask.issuperset(HELD) else ()
-        signal.pthread_sigmask(signal.SIG_SETMASK, {*self._mask, *held})
+        # Where signals were held before, one on the way out does not undo an exit status that is settled: this thread
+        # holds them again, Ctrl-C with them, until another latch takes them. To a thread that holds none they mean
+        # nothing.
+        were_held = self._mask.issuperset(HELD)
+        signal.pthread_sigmask(signal.SIG_SETMASK, {*self._mask, *STOP_SIGNALS} if were_held else self._mask)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, _pass_over if were_held else handler)
         os.close(self._reader)
         os.close(self._writer)
 
@@ -73,7 +78,8 @@ class SignalLatch:
     def unless_told(self, work: Callable[[], Result]) -> Result | None:
         """What `work` returns; None where a signal is waiting, or comes: it leaves `work` off, and stays to be taken.
 
-        For what waits, or takes long, and may be left off anywhere, as nothing has begun yet.
+        For what waits, or takes long, and may be left off anywhere, as nothing has begun yet. What waits for long asks
+        `is_told` as well: an exception within a finalizer goes nowhere.
         """
         try:
             try:
@@ -83,6 +89,11 @@ class SignalLatch:
                 self._cuts = False
         except CutShort:
             return None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a signal is waiting."""
+        return bool(self._arrived)
 
     def fileno(self) -> int:
         """Readable when a signal is waiting."""

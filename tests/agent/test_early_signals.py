@@ -124,12 +124,31 @@ def test_nursery_outlives_any_signal_from_its_first_moment_on(number: int) -> No
         nursery.close()
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
-def test_signal_to_a_launcher_that_has_finished_does_not_change_its_exit_status(name: str) -> None:
-    program = (
-        "import os, signal; from elastic_fit.launch.signals import SignalLatch, hold_signals\n"
-        f"hold_signals()\nwith SignalLatch(): pass\nos.kill(os.getpid(), signal.{name})"
-    )
+LATCHED = """
+import os, signal, threading, time
+from elastic_fit.launch.signals import SignalLatch, hold_signals
+hold_signals()
+with SignalLatch():
+    {meanwhile}
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "meanwhile",
+    ["pass", "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"],
+    ids=["", "a thread holds nothing"],
+)
+def test_signal_to_a_launcher_that_has_finished_does_not_change_its_exit_status(name: str, meanwhile: str) -> None:
+    program = LATCHED.format(meanwhile=meanwhile) + f"os.kill(os.getpid(), signal.{name})\ntime.sleep(0.1)\n"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_second_latch_of_a_launcher_hears_what_the_first_one_did_and_what_came_between_them(name: str) -> None:
+    strike = f"os.kill(os.getpid(), signal.{name})\n"
+    heard = f"{strike}with SignalLatch() as latch:\n    assert latch.take() == [signal.{name}]\n"
+    program = LATCHED.format(meanwhile="pass") + f"{heard}    {strike}    assert latch.take() == [signal.{name}]\n"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

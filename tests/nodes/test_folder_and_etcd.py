@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from elastic_fit.launch.commands.stop import is_running
 from elastic_fit.launch.etcd import EtcdArbiter
 from elastic_fit.supervisor.ledger import read
 from tests.nodes.cluster import COMMAND, FIT, wait_until
@@ -88,9 +89,29 @@ def test_of_two_jobs_that_begin_in_one_folder_at_once_one_trains(tmp_path: Path,
     assert "is going on as another job, whose nodes agree over the etcd server" in text
     done = steps_done(folder)
     wait_until(lambda: steps_done(folder) > done + 10, 90)
+    third = start(folder, "1:2", 100_000, *over(etcd, "three"))
+    _, text = third.communicate(timeout=60)
+    assert third.returncode == 74, "the end of the other one is not the end of what goes on there"
+    assert is_running(read(folder / "run" / "events.jsonl")), "elastic-fit stop finds the job still"
     assert stays.poll() is None
     assert stop(stays) == 75
     assert len([event for event in read(folder / "run" / "events.jsonl") if event.event == "workers_started"]) == 1
+
+
+def test_of_a_job_over_etcd_and_one_in_the_folder_that_begin_at_once_one_trains(
+    tmp_path: Path, etcd: EtcdServer
+) -> None:
+    folder = tmp_path / "job"
+    over_etcd = start(folder, "1:2", 100_000, *over(etcd, "one"))
+    events = folder / "run" / "events.jsonl"
+    wait_until(lambda: events.exists() and any(event.event == "start" for event in read(events)), 60)
+    waits = ("--rdzv-id", "two", "--rdzv-conf", "last_call_timeout=10")
+    in_the_folder = start(folder, "1:2", 100_000, *waits)
+    _, text = in_the_folder.communicate(timeout=90)
+    assert in_the_folder.returncode in (1, 74), text
+    assert "is going on as another job, whose nodes agree over the etcd server" in text
+    assert stop(over_etcd) == 75
+    assert len([event for event in read(events) if event.event == "workers_started"]) == 1
 
 
 def test_document_in_etcd_that_makes_no_sense_ends_the_command_with_its_name(tmp_path: Path, etcd: EtcdServer) -> None:

@@ -97,8 +97,8 @@ def test_guests_need_to_know_the_folder_alone_and_leave_together_and_no_step_is_
     guests = [join(hosts, host) for host in ("h3", "h4")]
     hosts.wait_until(lambda: hosts.trains_with(4, after=came))
     asked = time.time()
-    for one in guests:
-        one.process.send_signal(signal.SIGUSR1)
+    for one, number in zip(guests, (signal.SIGUSR1, signal.SIGINT), strict=True):
+        one.process.send_signal(number)
     assert [one.process.wait(30) for one in guests] == [75, 75], hosts.story()
     hosts.wait_until(lambda: hosts.trains_with(2, after=asked))
     assert {name for one in stays for name in ("h3", "h4") if one.told(name) and one.told("leaves")} == {"h3", "h4"}
