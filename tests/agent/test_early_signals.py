@@ -104,9 +104,8 @@ def test_stop_does_not_wait_for_imports_that_take_for_ever(
 
     monkeypatch.setattr(SignalLatch, "__enter__", enter_and_strike)
     try:
-        began = time.monotonic()
         assert launch(parse(["--nnodes", nodes, "train.py"]), Console(), nursery) == 143
-        assert time.monotonic() - began < 10
+        assert came_back.is_alive(), "it has not waited until the nursery was there"
     finally:
         came_back.cancel()
         nursery.close()

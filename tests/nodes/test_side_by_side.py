@@ -75,7 +75,7 @@ def test_node_that_waits_for_its_minimum_after_a_loss_can_be_stopped(nodes: Node
     while "1 of at least 2 nodes are here" not in (line := first.stderr.readline()):
         assert line, "it has ended instead of waiting"
     first.send_signal(signal.SIGTERM)
-    _, text = first.communicate(timeout=10)
+    _, text = first.communicate(timeout=30)
     assert first.returncode == 75, text
 
 
@@ -102,7 +102,7 @@ def test_spare_that_leaves_is_not_taken_for_the_end_of_the_run(nodes: Nodes) -> 
     while "a spare: all 2 places are taken" not in (line := spare.stderr.readline()):
         assert line, "it has ended instead of waiting"
     spare.send_signal(signal.SIGTERM)
-    spare.communicate(timeout=10)
+    spare.communicate(timeout=30)
     assert spare.returncode == 143
     assert nodes.noted("finish", left=True)
     run = str(nodes.folder / "run")
@@ -131,7 +131,7 @@ def test_order_to_stop_that_a_spare_hears_first_is_heard_by_the_job_as_well(node
         member.send_signal(signal.SIGSTOP)
     folder = RunDir(nodes.folder / "run")
     Order.by_this_user(save=True).leave(folder.stop_order)
-    spare.communicate(timeout=10)
+    spare.communicate(timeout=30)
     assert spare.returncode == 143
     for member in job:
         member.send_signal(signal.SIGCONT)
