@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -79,6 +81,24 @@ def step(device: Device, gate: Gate, number: int, all_reduce: str = "all-reduce"
     gate.leave()
 
 
+@contextlib.contextmanager
+def moving(device: Device) -> Iterator[None]:
+    """The device does what it is given, until the block is left."""
+    is_over = threading.Event()
+
+    def move() -> None:
+        while not is_over.wait(0.001):
+            device.run()
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        mover.join()
+
+
 class Training(threading.Thread):
     """Steps in a thread of their own; the last one's gradients never come together."""
 
@@ -126,8 +146,8 @@ def test_peer_that_dies_leaves_exactly_the_steps_that_were_counted(device: Devic
 
 def test_step_that_has_begun_is_waited_for(device: Device, gate: Gate) -> None:
     device.give("all-reduce")
-    threading.Timer(0.05, device.run).start()
-    gate.enter()
+    with moving(device):
+        gate.enter()
     closing = threading.Thread(target=gate.close, args=("a peer is gone",))
     closing.start()
     while not gate.is_closed:
@@ -145,8 +165,8 @@ def test_optimizer_that_hangs_in_a_collective_of_its_own_leaves_nothing_whole(
     device: Device, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gates, "SETTLE_S", 0.1)
-    threading.Timer(0.05, device.run).start()
-    gate.enter()
+    with moving(device):
+        gate.enter()
     for work in ("half of step 1", "hung broadcast", "the other half"):
         device.give(work)
     gate.leave()
@@ -157,21 +177,15 @@ def test_optimizer_that_hangs_in_a_collective_of_its_own_leaves_nothing_whole(
 
 
 def test_rank_that_fails_itself_after_its_step_waits_for_nobody_to_end_it(device: Device, gate: Gate) -> None:
-    threading.Timer(0.05, device.run).start()
-    gate.enter()
-    device.give("step 1")
-    threading.Timer(0.05, device.run).start()
-    gate.come_to_rest("this rank leaves")
+    with moving(device):
+        gate.enter()
+        device.give("step 1")
+        gate.come_to_rest("this rank leaves")
     assert gate.is_whole
     assert steps_done(device) == ["step 1"]
     assert not device.is_broken, "its peers are well, and the script may begin another training"
-    step_of_next_fit = threading.Thread(target=step, args=(device, gate, 2))
-    step_of_next_fit.start()
-    while "all-reduce" not in device.queue:
-        time.sleep(0.001)
-    while step_of_next_fit.is_alive():
-        device.run()
-        time.sleep(0.001)
+    with moving(device):
+        step(device, gate, 2)
     device.run()
     assert steps_done(device) == ["step 1", "step 2"]
 
