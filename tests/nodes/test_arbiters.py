@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,14 +28,6 @@ from tests.nodes.test_one_node import start
 
 def document(version: int, leader: str = "h1") -> bytes:
     return Roster(version=version, phase=Phase.RUNNING, round=1, generation=version, leader=leader).to_bytes()
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
 
 
 def check_compare_and_set(connect: Callable[[], Arbiter]) -> None:
